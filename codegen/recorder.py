@@ -1,0 +1,421 @@
+"""Placeholders that record: every torch call on them becomes IR nodes instead of arithmetic.
+
+A mod runs once with a `Placeholder` for each argument, under a `TorchFunctionMode` that sees every torch function.
+A call that touches no placeholder simply runs (`self.slopes.exp()` is hoisted and stays differentiable torch); a tensor
+that meets a placeholder is captured as the object it is. Indexing a captured tensor gives a *view* until every
+dimension is indexed; short dimensions left over become a vector of scalars, which may be reduced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .calls import FUNCTIONS, RANDOM, canonical, weak
+from .errors import TraceError
+from .evaluate import IR_DTYPE, TORCH_DTYPE
+from .ir import DType, Kind, Node, Op, const
+from .promotion import build, cast, current_default_float
+from .spec import load
+
+MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the kernel
+
+_VALUE_READS = frozenset(
+    ("__bool__", "item", "__int__", "__float__", "__index__", "tolist", "numpy", "__array__", "__contains__", "nonzero")
+)
+_REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
+_SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
+_ATTRIBUTES = frozenset(
+    ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "itemsize")
+)
+_QUERIES = frozenset(("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__"))
+
+
+class Value(NamedTuple):
+    """Scalars in row-major order; `shape` is () for one."""
+
+    shape: tuple[int, ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A captured tensor, partly indexed: one slot a dimension, None where it is still whole."""
+
+    base: Tensor
+    slots: tuple[Node | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(n for n, slot in zip(self.base.shape, self.slots, strict=True) if slot is None)
+
+
+class Placeholder(Tensor):
+    """Stands for a score, an index or anything computed from them, while a mod is traced."""
+
+    content: Value | View
+    recorder: Recorder
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = _find_placeholder((args, kwargs))
+        assert found is not None
+        return found.recorder.call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _unsupported(str(func))
+
+
+def _unsupported(name: str) -> TraceError:
+    return TraceError(
+        f"calls `{name}`, which has no counterpart in a kernel",
+        "Mods may use elementwise torch functions, indexing of captured tensors and small reductions of captured rows.",
+        "an expression of supported functions (docs/writing-mods.md lists them)",
+    )
+
+
+def _find_placeholder(item: Any) -> Placeholder | None:
+    if isinstance(item, Placeholder):
+        return item
+    if isinstance(item, (tuple, list)):
+        return next((p for p in map(_find_placeholder, item) if p is not None), None)
+    if isinstance(item, dict):
+        return _find_placeholder(tuple(item.values()))
+    return None
+
+
+class Recorder(TorchFunctionMode):
+    """Collects what a mod captures while it runs. `captured`, `floats` and `ints` are in the order of first use."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.captured: list[Tensor] = []
+        self.floats: list[float | Tensor] = []
+        self.ints: list[Any] = []
+        self._number: dict[int, int] = {}
+        self._own: dict[int, Tensor] = {}  # tensors made while the mod runs, which it may write to
+
+    def placeholder(self, content: Value | View) -> Placeholder:
+        dtype = content.nodes[0].dtype if isinstance(content, Value) else IR_DTYPE[content.base.dtype]
+        made: Placeholder = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device
+        )
+        made.content = content
+        made.recorder = self
+        return made
+
+    def scalar(self, node: Node) -> Placeholder:
+        return self.placeholder(Value((), (node,)))
+
+    # ---- calls
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _find_placeholder((args, kwargs)) is None:
+            return self._run(func, args, kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            return self._attribute(func, name, args)
+        if name in _QUERIES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in _VALUE_READS:
+            raise TraceError(
+                f"reads the value of a traced tensor with `{name}`",
+                "A score or an index has no value while a mod is traced: the kernel evaluates a whole tile at once.",
+                "torch functions of the tensor itself, torch.where for choices",
+            )
+        if name == "__setitem__":
+            raise _write(name)
+        if name == "__getitem__":
+            return self._getitem(*args)
+        if name in ("__iter__", "unbind"):
+            return self._iterate(args[0])
+        name, in_place = canonical(name)
+        if in_place and not isinstance(args[0], Placeholder):
+            raise _write(name)
+        result = self._compute(func, name, args, kwargs)
+        if in_place:
+            if not isinstance(args[0].content, Value):
+                raise _write(name)
+            args[0].content = result
+            return args[0]
+        return self.placeholder(result)
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
+        name = getattr(func, "__name__", "")
+        if name in RANDOM and not (name == "dropout" and kwargs.get("training") is False):
+            raise TraceError(
+                f"draws random numbers with `{name}`",
+                "The mod is traced once, so every score would get the same number.",
+                "draw outside and index the result: noise[b, h, q_idx, kv_idx]",
+            )
+        writes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or canonical(name)[1]
+        if writes and name != "requires_grad_" and args and isinstance(args[0], Tensor):
+            root = args[0] if args[0]._base is None else args[0]._base
+            if id(root) not in self._own:
+                raise _write(name)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._own[id(result)] = result
+        return result
+
+    def _attribute(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
+        attribute = getattr(func.__self__, "__name__", "") if name == "__get__" else ""
+        if attribute in ("T", "mT", "data"):
+            return args[0]
+        if attribute not in _ATTRIBUTES:
+            raise _unsupported(f".{attribute or 'an attribute assignment'}")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args)
+
+    def _compute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        if func is Tensor.where:
+            args = (args[1], args[0], *args[2:])
+        if name in _REDUCTIONS and not (name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor)):
+            return self._reduce(name, args, kwargs)
+        if name in ("max", "min"):
+            name = "maximum" if name == "max" else "minimum"
+        if name in ("matmul", "dot", "inner"):
+            products = self._elementwise(FUNCTIONS["mul"], name, args, {})
+            return self._fold("sum", products)
+        if name in _SHAPE_ONLY:
+            value = self._value(args[0])
+            if value.shape == ():
+                return value
+        if name not in FUNCTIONS:
+            raise _unsupported(getattr(func, "__name__", str(func)))
+        kwargs.pop("inplace", None)
+        return self._elementwise(FUNCTIONS[name], name, args, kwargs)
+
+    # ---- operands
+
+    def _elementwise(self, builder: Callable[..., Node], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Value:
+        keys = [*range(len(args)), *kwargs]
+        given = [*args, *kwargs.values()]
+        operands = {k: self._operand(x, k) for k, x in zip(keys, given, strict=True)}
+        values = {k: v for k, v in operands.items() if isinstance(v, Value)}
+        ranked = any(v.shape for v in values.values())
+        for k, x in zip(keys, given, strict=True):
+            if isinstance(operands[k], Tensor):  # a captured tensor with dimensions
+                if not ranked:
+                    raise TraceError(
+                        f"uses a captured tensor of shape {tuple(x.shape)} in `{name}` without indexing it",
+                        "The mod computes one number for one (b, h, q_idx, kv_idx), so it needs one element of the tensor.",
+                        f"index every dimension, e.g. t[{', '.join(['b', 'h', 'q_idx', 'kv_idx'][-x.dim() :])}]",
+                    )
+                values[k] = operands[k] = self._unroll(View(x, (None,) * x.dim()))
+        shape = torch.broadcast_shapes(*(v.shape for v in values.values())) if values else ()
+        results = []
+        for position in itertools.product(*map(range, shape)):
+            call = {k: _pick(values[k], position) if k in values else operands[k] for k in operands}
+            positional = [call[i] for i in range(len(args))]
+            try:
+                results.append(builder(*positional, **{k: call[k] for k in kwargs}))
+            except TypeError as error:
+                raise TraceError(
+                    f"calls `{name}` with arguments a kernel cannot take ({error})",
+                    "Options that change shape, device or memory have no meaning for a single number.",
+                    f"`{name}` with its operands only",
+                ) from error
+        return Value(tuple(shape), tuple(results))
+
+    def _operand(self, item: Any, key: int | str) -> Any:
+        """A `Value` for what takes part in arithmetic, a Tensor for one left unindexed, anything else as it is."""
+        if isinstance(item, Placeholder):
+            return self._value(item)
+        if isinstance(item, Tensor):
+            return Value((), (self._captured_scalar(item),)) if item.dim() == 0 else item
+        if key in ("alpha", "beta", "threshold", "negative_slope", "approximate", "rounding_mode", "dtype"):
+            return item
+        if isinstance(item, (bool, int, float, torch.SymInt, torch.SymFloat)):
+            return Value((), (self.number(item),))
+        return item
+
+    def number(self, item: Any) -> Node:
+        """A Python number. Finite floats are run-time values: a new one needs no new kernel."""
+        if isinstance(item, (bool, int)):
+            return weak(item)
+        if isinstance(item, torch.SymInt):
+            return Node(Op.INT, (), DType.INT64, Kind.WEAK, _number_of(item, self.ints))
+        if isinstance(item, torch.SymFloat):
+            # A multiplication is what Inductor can turn back into a graph input.
+            self.floats.append(torch.ones((), dtype=torch.float64) * item)
+        elif math.isfinite(item):
+            self.floats.append(item)
+        else:
+            return weak(item)
+        return Node(Op.FLOAT, (), current_default_float(), Kind.WEAK, len(self.floats) - 1)
+
+    def _captured_scalar(self, tensor: Tensor) -> Node:
+        return load(self._capture(tensor))
+
+    def _capture(self, tensor: Tensor) -> Node:
+        if tensor.dtype not in IR_DTYPE:
+            raise TraceError(
+                f"captures a tensor of dtype {tensor.dtype}", "Kernels have no such type.", "t.float() or t.long(), outside the mod"
+            )
+        number = self._number.get(id(tensor))
+        if number is None:
+            number = self._number[id(tensor)] = len(self.captured)
+            self.captured.append(tensor)
+        return Node(Op.CAPTURED, (), IR_DTYPE[tensor.dtype], Kind.ELEMENT, (number, tensor.dim()))
+
+    def _value(self, item: Placeholder) -> Value:
+        return item.content if isinstance(item.content, Value) else self._unroll(item.content)
+
+    def _unroll(self, view: View) -> Value:
+        """A view with short dimensions left, as a vector of loads."""
+        shape = view.shape
+        if math.prod(shape) > MAX_UNROLLED:
+            raise TraceError(
+                f"uses a part of shape {shape} of a captured tensor of shape {tuple(view.base.shape)}",
+                f"Only up to {MAX_UNROLLED} elements can be unrolled into the kernel.",
+                "index every dimension, or reduce the tensor outside the mod",
+            )
+        base = self._capture(view.base)
+        nodes = []
+        for position in itertools.product(*map(range, shape)):
+            rest = iter(position)
+            index = [const(next(rest), DType.INT64, Kind.SCALAR) if s is None else s for s in view.slots]
+            nodes.append(load(base, *index))
+        return Value(shape, tuple(nodes))
+
+    # ---- indexing and reduction
+
+    def _getitem(self, target: Any, index: Any) -> Placeholder:
+        items = list(index) if isinstance(index, tuple) else [index]
+        if isinstance(target, Placeholder) and isinstance(target.content, Value):
+            return self._index_vector(target.content, items)
+        view = target.content if isinstance(target, Placeholder) else View(target, (None,) * target.dim())
+        assert isinstance(view, View)
+        free = [d for d, s in enumerate(view.slots) if s is None]
+        if any(i is Ellipsis for i in items):
+            at = next(n for n, i in enumerate(items) if i is Ellipsis)
+            items[at : at + 1] = [slice(None)] * (len(free) - len(items) + 1)
+        if len(items) > len(free):
+            raise TraceError(
+                f"indexes a tensor of {len(free)} dimensions with {len(items)} indices",
+                "There is one index for each dimension.",
+                f"t[{', '.join(['b', 'h', 'q_idx', 'kv_idx'][: len(free)]) or ''}]",
+            )
+        base, slots = view.base, list(view.slots)
+        for dim, item in zip(free, items, strict=False):
+            if isinstance(item, slice):
+                if item != slice(None):
+                    with torch._C.DisableTorchFunctionSubclass():
+                        base = base[(slice(None),) * dim + (item,)]
+            else:
+                slots[dim] = self._index(item)
+        view = View(base, tuple(slots))
+        return self.placeholder(view) if view.shape else self.scalar(load(self._capture(base), *_known(view.slots)))
+
+    def _index(self, item: Any) -> Node:
+        node = None
+        if isinstance(item, Placeholder):
+            value = self._value(item)
+            node = value.nodes[0] if value.shape == () else None
+        elif isinstance(item, Tensor) and item.dim() == 0:
+            node = self._captured_scalar(item)
+        elif isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool):
+            node = self.number(item)
+            return cast(node, DType.INT64)
+        if node is None:
+            raise TraceError(
+                f"indexes a captured tensor with {type(item).__name__} {item if item is None else ''}".rstrip(),
+                "Only integers, scalar index expressions, `:` and `...` have a meaning for a single element.",
+                "t[b, h, q_idx, kv_idx]",
+            )
+        if not node.dtype.is_int:
+            fix = "torch.where(condition, t[1], t[0])" if node.dtype is DType.BOOL else "t[index.to(torch.int64)]"
+            raise TraceError(f"indexes a captured tensor with a {node.dtype.value} value", "An index is an integer.", fix)
+        return node
+
+    def _index_vector(self, value: Value, items: list[Any]) -> Placeholder:
+        if len(items) == 1 and isinstance(items[0], int) and len(value.shape) == 1:
+            return self.scalar(value.nodes[items[0]])
+        raise TraceError(
+            "indexes a value that was computed in the mod",
+            "Only captured tensors are in memory and can be indexed with a traced index.",
+            "the index on the captured tensor itself, before the arithmetic: f(t[q_idx]) instead of f(t)[q_idx]",
+        )
+
+    def _iterate(self, target: Placeholder) -> Any:
+        value = self._value(target)
+        if len(value.shape) != 1:
+            raise TraceError(
+                "iterates over a traced scalar", "It is one number, not a sequence.", "the scalar itself, or a row t[h] of a tensor"
+            )
+        return iter([self.scalar(n) for n in value.nodes])
+
+    def _reduce(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        value = self._value(args[0])
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        dims = {dim % len(value.shape)} if isinstance(dim, int) and value.shape else set(range(len(value.shape)))
+        if dims != set(range(len(value.shape))) or kwargs.get("keepdim"):
+            raise TraceError(
+                f"reduces part of a {len(value.shape)}-d value with `{name}`",
+                "The kernel holds single numbers, so a reduction must end in one.",
+                f"x.{name}() over a row with one dimension",
+            )
+        if value.shape == () and name in ("max", "min"):
+            return value
+        return self._fold({"max": "amax", "min": "amin"}.get(name, name), value)
+
+    def _fold(self, name: str, value: Value) -> Value:
+        function = {"mean": "add", "sum": "add", "prod": "mul", "amax": "maximum", "amin": "minimum"}.get(name)
+        nodes = list(value.nodes)
+        if name in ("sum", "prod") and not nodes[0].dtype.is_float:
+            nodes = [cast(n, DType.INT64) for n in nodes]
+        if name in ("any", "all"):
+            function = "logical_or" if name == "any" else "logical_and"
+            nodes = [FUNCTIONS["bool"](n) for n in nodes]
+        assert function is not None
+        total = nodes[0]
+        for node in nodes[1:]:
+            total = FUNCTIONS[function](total, node)
+        return Value((), (build(Op.DIV, total, weak(len(nodes))) if name == "mean" else total,))
+
+
+def _known(slots: Sequence[Node | None]) -> list[Node]:
+    return [s for s in slots if s is not None]
+
+
+def _number_of(item: Any, seen: list[Any]) -> int:
+    for number, other in enumerate(seen):
+        if other is item:
+            return number
+    seen.append(item)
+    return len(seen) - 1
+
+
+def _pick(value: Value, position: tuple[int, ...]) -> Node:
+    """The element of a value that broadcasting puts at `position`."""
+    flat = 0
+    for size, i in zip(value.shape, position[len(position) - len(value.shape) :], strict=True):
+        flat = flat * size + (i if size > 1 else 0)
+    return value.nodes[flat]
+
+
+def _write(name: str) -> TraceError:
+    return TraceError(
+        f"writes to a captured tensor with `{name}`",
+        "The kernel runs for all elements at once and in no order, so a write has no defined result.",
+        "a new value: x = t[h] + 1, and updates outside the mod",
+    )

@@ -1,0 +1,144 @@
+"""From callables to a program: run the mods once on placeholders and print what they did.
+
+In: a `score_mod`, a `mask_mod`, or either alone. Out: the canonical program text and the tensors and numbers it reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .diagnose import locate
+from .errors import TraceError
+from .evaluate import IR_DTYPE
+from .ir import INDEX_INPUTS, DType, Kind, Node, input_node
+from .program import print_program
+from .promotion import cast, default_float
+from .recorder import Placeholder, Recorder, Value
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+_SIGNATURES = {
+    "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
+    "mask_mod": ("b", "h", "q_idx", "kv_idx"),
+}
+
+
+class Trace(NamedTuple):
+    """A traced variant.
+
+    `captured` holds the captured tensors c0, c1, ... and after them the run-time floats f0, f1, ... as 0-d float64
+    tensors; `ints` the run-time integers i0, i1, ...
+    """
+
+    program: str
+    captured: list[Tensor]
+    ints: list[Any]
+
+
+def trace(
+    score_mod: ScoreMod | None,
+    mask_mod: MaskMod | None,
+    *,
+    score_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Trace:
+    """The program of a `score_mod` and a `mask_mod`; None means the identity and the full mask.
+
+    Raises `TraceError` with the user's file and line for what no kernel can do.
+    """
+    score_type = IR_DTYPE[score_dtype]
+    recorder = Recorder(torch.device(device))
+    score: Node = input_node("score", score_type)
+    mask: Node | None = None
+    with default_float(IR_DTYPE[torch.get_default_dtype()]):
+        if score_mod is not None:
+            score = cast(_run("score_mod", score_mod, recorder, score), score_type)
+        if mask_mod is not None:
+            mask = _run("mask_mod", mask_mod, recorder, None)
+    printed = print_program(score, mask, score_type)
+    captured = [recorder.captured[i] for i in printed.captured]
+    for i in printed.floats:
+        number = recorder.floats[i]
+        # full, not tensor: it can be traced by make_fx without becoming a stored constant
+        captured.append(number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64))
+    return Trace(printed.text, captured, [recorder.ints[i] for i in printed.ints])
+
+
+def _run(role: str, mod: Callable[..., Any], recorder: Recorder, score: Node | None) -> Node:
+    check_arguments(role, mod)
+    indices = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
+    arguments = indices if score is None else [recorder.scalar(score), *indices]
+    try:
+        with recorder:
+            result = mod(*arguments)
+        return _result(role, result, recorder)
+    except TraceError as error:
+        raise locate(error, error.__traceback__, role, describe(mod)) from None
+
+
+def _result(role: str, result: Any, recorder: Recorder) -> Node:
+    if isinstance(result, Placeholder):
+        value = recorder._value(result)
+    elif isinstance(result, Tensor):
+        operand = recorder._operand(result, 0)
+        value = operand if isinstance(operand, Value) else Value(tuple(result.shape), ())
+    elif isinstance(result, (bool, int, float)):
+        value = Value((), (recorder.number(result),))
+    else:
+        raise TraceError(
+            f"returns {'nothing' if result is None else type(result).__name__}",
+            f"A {role} returns one {'score' if role == 'score_mod' else 'boolean'} for one (b, h, q_idx, kv_idx).",
+            "return score" if role == "score_mod" else "return q_idx >= kv_idx",
+        )
+    if value.shape != ():
+        raise TraceError(
+            f"returns a tensor of shape {value.shape}", "It must return one number.", "an expression in which every tensor is indexed"
+        )
+    node = value.nodes[0]
+    if role == "mask_mod" and node.dtype is not DType.BOOL:
+        raise TraceError(
+            f"returns {node.dtype.value} values", "A mask is boolean: True where the query attends to the key.", "a comparison, e.g. value != 0"
+        )
+    return cast(node, node.dtype) if node.kind is Kind.WEAK else node
+
+
+def positional_count(mod: Callable[..., Any]) -> int | None:
+    """How many positional arguments without defaults a callable takes; None if that cannot be told or it takes any."""
+    try:
+        parameters = inspect.signature(mod).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+def check_arguments(role: str, mod: Any) -> None:
+    """Raise `TraceError` unless `mod` can be called as a `role`."""
+    names = _SIGNATURES[role]
+    usage = f"def {role}({', '.join(names)})"
+    if not callable(mod):
+        raise TraceError(f"is a {type(mod).__name__}, which cannot be called", f"A {role} is a function.", usage, role)
+    count = positional_count(mod)
+    if count is None or count == len(names):
+        return
+    other = "mask_mod" if role == "score_mod" else "score_mod"
+    fix = f"pass it as {other}=" if count == len(_SIGNATURES[other]) else usage
+    raise TraceError(
+        f"takes {count} arguments", f"A {role} takes {len(names)}: {', '.join(names)}.", fix, f"{role} {describe(mod)}"
+    )
+
+
+def describe(mod: Any) -> str:
+    """Name and place of a callable, for messages."""
+    inner = getattr(mod, "func", mod)
+    code = getattr(inner, "__code__", None) or getattr(getattr(type(inner), "__call__", None), "__code__", None)
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    return f"`{name}`" + (f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else "")

@@ -1,0 +1,1 @@
+"""Fused attention from a few lines of Python."""

@@ -1,0 +1,179 @@
+"""The gradient of the tiled forward: the same walk over tiles, five matrix products a tile, nothing of size S x S.
+
+With P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse, the gradient of the modified score is
+dS = P * (dP - delta); the derivative of the mod takes it to the raw score and to the captured tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codegen.evaluate import Inputs, evaluate, wrap_index
+from ..codegen.ir import Node
+from .schedule import Tile
+from .tiled import LOG2E, Chunk, Part, Problem, Walk, merged
+
+
+class Backward(NamedTuple):
+    """Gradients of query, key, value, and of the captured tensors asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dcaptured: list[Tensor]
+
+
+class _Saved(NamedTuple):
+    """Per-row quantities [B, Hq, L, 1]: lse in log2 units (+inf where nothing is attended), and delta."""
+
+    lse: Tensor
+    delta: Tensor
+    dout: Tensor
+
+
+def backward(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: Sequence[int]
+) -> Backward:
+    """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
+    walk = Walk(problem)
+    delta = (out.to(walk.dtype) * dout.to(walk.dtype)).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta.sub_(dlse.unsqueeze(-1))
+    # A row without keys has weight exp2(-inf - inf) = 0 everywhere.
+    lse2 = (lse * LOG2E).masked_fill_(lse == float("-inf"), float("inf")).unsqueeze(-1)
+    saved = _Saved(lse2, delta, dout)
+    dq = torch.zeros(problem.query.shape, dtype=walk.dtype, device=walk.device)
+    dk, dv = (torch.zeros(t.shape, dtype=walk.dtype, device=walk.device) for t in (problem.key, problem.value))
+    captured = _CapturedGradients(problem, wanted, walk.dtype)
+    for group in walk.groups():
+        for part in walk.parts(group):
+            part_dk, part_dv = torch.zeros_like(part.k), torch.zeros_like(part.v)
+            for tile in group.tiles:
+                _backward_tile(walk, part, tile, saved, dq, part_dk, part_dv, captured)
+            dk[part.kv_batches, part.kv_heads] += part_dk.unflatten(0, (-1, part.lead[1])).mul_(problem.scale)
+            dv[part.kv_batches, part.kv_heads] += part_dv.unflatten(0, (-1, part.lead[1]))
+    return Backward(dq.to(problem.query.dtype), dk.to(problem.key.dtype), dv.to(problem.value.dtype), captured.results())
+
+
+def _backward_tile(
+    walk: Walk,
+    part: Part,
+    tile: Tile,
+    saved: _Saved,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    captured: _CapturedGradients,
+) -> None:
+    if not tile.spans:
+        return
+    query = part.rows(walk.problem.query, tile)
+    q = query * walk.q_scale
+    do, lse, delta = (part.rows(x, tile) for x in (saved.dout, saved.lse, saved.delta))
+    dq_tile = torch.zeros_like(q)
+    for chunk in walk.chunks(part, tile):
+        k, v = chunk.columns(part.k), chunk.columns(part.v)
+        raw = walk.scores(part, chunk, q, k)
+        p = walk.modified(part, chunk, raw).sub_(lse).exp2_()
+        _add_columns(dv, chunk, p, do)
+        ds = torch.bmm(do, v.mT, out=walk.pool.take(p.shape, p.dtype))
+        ds.sub_(delta).mul_(p)
+        if p is not raw:
+            walk.pool.give(p)
+        gradient = _through_mod(walk, part, chunk, raw, ds, captured)
+        dq_tile.baddbmm_(gradient, k)
+        _add_columns(dk, chunk, gradient, query)
+        for buffer in (gradient, ds, raw):
+            walk.pool.give(buffer)
+    part.put(dq, tile, dq_tile.mul_(walk.problem.scale))
+
+
+def _add_columns(target: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor) -> None:
+    """`target[:, keys of the chunk] += weights^T rows`."""
+    ranges = merged(chunk.spans)
+    if len(ranges) == 1:
+        target[:, ranges[0][0] : ranges[0][1]].baddbmm_(weights.mT, rows)
+        return
+    product = torch.bmm(weights.mT, rows)
+    column = 0
+    for start, stop in ranges:
+        target[:, start:stop] += product[:, column : column + stop - start]
+        column += stop - start
+
+
+def _through_mod(walk: Walk, part: Part, chunk: Chunk, raw: Tensor, ds: Tensor, captured: _CapturedGradients) -> Tensor:
+    """The gradient of the raw score, from that of the modified score; captured tensors get theirs on the way."""
+    derivative = walk.variant.derivative
+    loads = [(load, grad) for load, grad in derivative.loads if captured.wants(load)]
+    if walk.linear and not loads:
+        return ds
+    inputs = chunk.inputs.fork({"score": walk.tile_view(part, raw), "grad": walk.tile_view(part, ds)})
+    roots = [] if walk.linear or derivative.score is None else [derivative.score]
+    values = evaluate([*roots, *[grad for _, grad in loads]], inputs, walk.pool)
+    shape = walk.tile_view(part, ds).shape
+    for (load, _), value in zip(loads, values[len(roots) :], strict=True):
+        captured.add(load, _cut(value.expand(shape), chunk), inputs)
+    if walk.linear:
+        result = ds
+    else:
+        result = walk.pool.take(ds.shape, ds.dtype)
+        tile = walk.tile_view(part, result)
+        tile.copy_(values[0]) if roots else tile.zero_()
+        walk.cut(part, chunk, result, 0.0)
+    for value in {id(v): v for v in values if v is not inputs.named["grad"]}.values():
+        walk.pool.give(value)
+    return result
+
+
+def _cut(value: Tensor, chunk: Chunk) -> Tensor:
+    """`value`, zero where the mask is False: a derivative may be nan there."""
+    if not chunk.keep:
+        return value
+    value = value.clone()
+    for start, stop, keep in chunk.keep:
+        value[..., start:stop] = torch.where(keep, value[..., start:stop], 0.0)
+    return value
+
+
+class _CapturedGradients:
+    """Sums of the gradients of captured tensors, in the compute dtype."""
+
+    def __init__(self, problem: Problem, wanted: Sequence[int], dtype: torch.dtype) -> None:
+        self.captured = problem.captured
+        self.sums = {i: torch.zeros(problem.captured[i].shape, dtype=dtype, device=problem.query.device) for i in wanted}
+        self.wanted = wanted
+
+    def wants(self, load: Node) -> bool:
+        return _number(load) in self.sums
+
+    def add(self, load: Node, grad: Tensor, inputs: Inputs) -> None:
+        """Scatter `grad` [nb, nh, G, rows, W] to the entries that `load` read."""
+        total = self.sums[_number(load)]
+        index = [wrap_index(i, n) for i, n in zip(evaluate(load.args[1:], inputs), total.shape, strict=True)]
+        shape = torch.broadcast_shapes(*(i.shape for i in index)) if index else ()
+        shape = (1,) * (grad.dim() - len(shape)) + tuple(shape)
+        # Axes that the index does not depend on are summed before anything is scattered.
+        axes = [d for d, n in enumerate(shape) if n == 1 and grad.shape[d] > 1]
+        grad = grad.to(total.dtype)
+        if axes:
+            grad = grad.sum(axes, keepdim=True)
+        if not index:
+            total += grad.sum()
+            return
+        flat = torch.zeros((), dtype=torch.int64, device=grad.device)
+        for i, n in zip(index, total.shape, strict=True):
+            flat = flat * n + i
+        total.view(-1).index_add_(0, flat.expand(shape).reshape(-1), grad.reshape(-1))
+
+    def results(self) -> list[Tensor]:
+        return [self.sums[i].to(self.captured[i].dtype) for i in self.wanted]
+
+
+def _number(load: Node) -> int:
+    value = load.args[0].value
+    assert isinstance(value, tuple)
+    return value[0]

@@ -1,0 +1,224 @@
+"""The registered torch operators: everything a call needs is an operand, so graphs, archives and caches can hold them.
+
+    flexattn::forward     attention and its row statistics
+    flexattn::backward    gradients of query, key, value and of captured tensors
+    flexattn::block_mask  block lists of a mask
+
+The autograd kernel is registered by hand: `torch.library.register_autograd` costs about 30 us more per eager call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import tiled, tiled_backward
+from .codegen.evaluate import TORCH_DTYPE
+from .codegen.pipeline import variant
+from .codegen.tiles import FULL, PARTIAL, classify
+from .layout import empty_like_strides
+
+_OPERANDS = (
+    "Tensor query, Tensor key, Tensor value, {}Tensor[] captured, Tensor[] block_mask, SymInt[] ints, "
+    "SymInt[] block_size, str program, float scale, str backend"
+)
+_LIBRARY = torch.library.Library("flexattn", "DEF")
+_LIBRARY.define(f"forward({_OPERANDS.format('')}) -> (Tensor out, Tensor lse, Tensor max_scores)")
+_LIBRARY.define(
+    f"backward({_OPERANDS.format('Tensor out, Tensor lse, Tensor dout, Tensor? dlse, ')}, int[] wanted)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)"
+)
+_LIBRARY.define(
+    "block_mask(Tensor[] captured, SymInt[] ints, str program, SymInt[] shape, SymInt[] block_size, Tensor like)"
+    " -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices)"
+)
+
+BACKENDS = ("tiled", "reference")
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor],
+    block_mask: Sequence[Tensor],
+    ints: Sequence[int],
+    block_size: Sequence[int],
+    program: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    v, blocks = variant(program), (block_size[0], block_size[1])
+    if backend == "reference":
+        dense = reference.attention(query, key, value, v, captured, block_mask, ints, blocks, scale)
+        return empty_like_strides(query, value.shape[-1]).copy_(dense.out), dense.lse.contiguous(), dense.max_scores.contiguous()
+    problem = tiled.Problem(query, key, value, captured, block_mask, ints, blocks, v, scale)
+    return tuple(tiled.forward(problem))
+
+
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    captured: Sequence[Tensor],
+    block_mask: Sequence[Tensor],
+    ints: Sequence[int],
+    block_size: Sequence[int],
+    program: str,
+    scale: float,
+    backend: str,
+    wanted: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    v, blocks = variant(program), (block_size[0], block_size[1])
+    if backend != "reference":
+        problem = tiled.Problem(query, key, value, captured, block_mask, ints, blocks, v, scale)
+        dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
+        return dq, dk, dv, dcaptured
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+        inside = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(captured)]
+        dense = reference.attention(*leaves, v, inside, block_mask, ints, blocks, scale)
+        wrt = [*leaves, *(inside[i] for i in wanted)]
+        outputs, gradients = [dense.out], [dout]
+        if dlse is not None:
+            outputs, gradients = [dense.out, dense.lse], [dout, dlse]
+        found = torch.autograd.grad(outputs, wrt, gradients, allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(found, wrt, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3:]
+
+
+def _block_mask(
+    captured: Sequence[Tensor],
+    ints: Sequence[int],
+    program: str,
+    shape: Sequence[int],
+    block_size: Sequence[int],
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, Q, KV = shape
+    classes = classify(variant(program), captured, ints, (B, H, Q, KV), (block_size[0], block_size[1]), like.device)
+    classes = classes.expand(B, H, -1, -1)
+    lists: list[Tensor] = []
+    for kind in (PARTIAL, FULL):
+        listed = (classes == kind).to(torch.int32)
+        lists.append(listed.sum(-1, dtype=torch.int32))
+        lists.append(torch.argsort(listed, dim=-1, descending=True, stable=True).to(torch.int32).contiguous())
+    return lists[0], lists[1], lists[2], lists[3]
+
+
+for _name, _kernel in (("forward", _forward), ("backward", _backward), ("block_mask", _block_mask)):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flexattn::forward", lib=_LIBRARY)
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = TORCH_DTYPE[variant(rest[4]).score_dtype]
+    lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    return empty_like_strides(query, value.shape[-1]), lse, torch.empty_like(lse)
+
+
+@torch.library.register_fake("flexattn::backward", lib=_LIBRARY)
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    captured, wanted = rest[4], rest[-1]
+
+    def dense(t: Tensor) -> Tensor:
+        return t.new_empty(t.shape)
+
+    return dense(query), dense(key), dense(value), [dense(captured[i]) for i in wanted]
+
+
+@torch.library.register_fake("flexattn::block_mask", lib=_LIBRARY)
+def _(
+    captured: Sequence[Tensor],
+    ints: Sequence[int],
+    program: str,
+    shape: Sequence[int],
+    block_size: Sequence[int],
+    like: Tensor,
+) -> tuple[Tensor, ...]:
+    B, H, Q, KV = shape
+    rows, columns = (Q + block_size[0] - 1) // block_size[0], (KV + block_size[1] - 1) // block_size[1]
+    count = like.new_empty((B, H, rows), dtype=torch.int32)
+    index = like.new_empty((B, H, rows, columns), dtype=torch.int32)
+    return count, index, torch.empty_like(count), torch.empty_like(index)
+
+
+FORWARD = torch.ops.flexattn.forward.default
+BACKWARD = torch.ops.flexattn.backward.default
+
+
+def block_mask(
+    captured: Sequence[Tensor],
+    ints: Sequence[int],
+    program: str,
+    B: int,
+    H: int,
+    Q_LEN: int,
+    KV_LEN: int,
+    q_block: int,
+    kv_block: int,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lists of the partial and full blocks of a mask: counts [B, H, rows] and indices [B, H, rows, columns], int32.
+
+    They are on the device of `like`. In a row the listed blocks come first, in ascending order.
+    """
+    shape, block_size = (B, H, Q_LEN, KV_LEN), (q_block, kv_block)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.flexattn.block_mask(
+        captured, ints, program, shape, block_size, like
+    )
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    """Joins `flexattn::forward` to `flexattn::backward`."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, n_captured: int, options: tuple[Any, ...], *tensors: Tensor) -> Any:
+        q, k, v, *rest = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, max_scores = FORWARD.redispatch(
+                keyset & torch._C._after_autograd_keyset, q, k, v, rest[:n_captured], rest[n_captured:], *options
+            )
+        ctx.options, ctx.n_captured = options, n_captured
+        ctx.mark_non_differentiable(max_scores)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        return out, lse, max_scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> Any:
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        n = ctx.n_captured
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wanted = [i for i in range(n) if ctx.needs_input_grad[6 + i]]
+        dq, dk, dv, found = BACKWARD(q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
+        captured: list[Tensor | None] = [None] * len(rest)
+        for i, grad in zip(wanted, found, strict=True):
+            captured[i] = grad
+        return None, None, None, dq, dk, dv, *captured
+
+
+def _autograd(
+    keyset: Any, query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], block_mask: Sequence[Tensor], *options: Any
+) -> Any:
+    tensors = (query, key, value, *captured)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Attention.apply(keyset, len(captured), options, *tensors, *block_mask)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return FORWARD.redispatch(
+            keyset & torch._C._after_autograd_keyset, query, key, value, captured, block_mask, *options
+        )
+
+
+_LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)

@@ -1,0 +1,116 @@
+"""Dense attention in plain torch: slow, obvious, and the definition of what every backend must compute.
+
+It materialises all scores, O(L * S) memory. Differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codegen.evaluate import TORCH_DTYPE, Inputs, evaluate
+from .codegen.pipeline import Variant
+
+
+class Attention(NamedTuple):
+    """Output [B, Hq, L, Ev] in the query's dtype; lse (natural log) and max_scores [B, Hq, L] in the score dtype."""
+
+    out: Tensor
+    lse: Tensor
+    max_scores: Tensor
+
+
+def listed_blocks(
+    block_mask: Sequence[Tensor], block_size: tuple[int, int], L: int, S: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Elements in partial and in full blocks, bool [B', H', L, S]; None for "all of them" and "none of them"."""
+    if not block_mask:
+        return None, None
+    dense = []
+    for count, index in zip(block_mask[0::2], block_mask[1::2], strict=True):
+        columns = -(-S // block_size[1])
+        blocks = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=count.device)
+        used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+        blocks.scatter_(-1, torch.where(used, index, columns).long(), True)
+        elements = blocks[..., :columns].repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
+        dense.append(elements[..., :L, :S])
+    return dense[0], dense[1] if len(dense) > 1 else None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    variant: Variant,
+    captured: Sequence[Tensor] = (),
+    block_mask: Sequence[Tensor] = (),
+    ints: Sequence[int] = (),
+    block_size: tuple[int, int] = (128, 128),
+    scale: float = 1.0,
+) -> Attention:
+    """Attention of `query` [B, Hq, L, E], `key` [Bkv, Hkv, S, E], `value` [Bkv, Hkv, S, Ev] under a variant.
+
+    `captured` ends with the variant's run-time floats; `block_mask` holds block lists as `BlockMask.as_tuple` orders
+    them, or nothing. A row that attends to nothing has output 0, lse and max_scores -inf, and zero gradients.
+    """
+    B, H, L, _ = query.shape
+    S, group = key.shape[2], H // key.shape[1]
+    dtype = TORCH_DTYPE[variant.score_dtype]
+    device = query.device
+    q, k, v = (t.to(dtype) for t in (query, key, value))
+    k, v = (t.repeat_interleave(group, dim=1).expand(B, -1, -1, -1) for t in (k, v))
+    scores = (q @ k.mT) * scale
+
+    # Indices of full size, so that the gradient of each loaded element can be cut where it is masked.
+    axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (B, H, L, S)]
+    index = [a.view([-1 if i == d else 1 for i in range(4)]).expand(B, H, L, S) for d, a in enumerate(axes)]
+    named = dict(zip(("b", "h", "q_idx", "kv_idx"), index, strict=True))
+    n = len(captured) - variant.n_floats
+    inputs = Inputs(named, captured[:n], captured[n:], ints, device)
+    partial, full = listed_blocks(block_mask, block_size, L, S)
+    keep = torch.ones(B, H, L, S, dtype=torch.bool, device=device)
+    if variant.mask is not None:
+        (keep,) = evaluate([variant.mask], inputs)
+        keep = keep.expand(B, H, L, S)
+    if partial is not None:
+        keep = keep & partial
+    if full is not None:
+        keep = keep | full
+
+    def cut(loaded: Tensor) -> Tensor:
+        """A masked element has no gradient, not even nan."""
+        loaded = loaded.expand(B, H, L, S) if loaded.is_floating_point() else loaded
+        return _CutGradient.apply(loaded, keep) if loaded.is_floating_point() else loaded
+
+    inputs = Inputs({**named, "score": _CutGradient.apply(scores, keep)}, inputs.captured, inputs.floats, ints, device, on_load=cut)
+    (scores,) = evaluate([variant.score], inputs)
+    scores = torch.where(keep, scores, float("-inf")).expand(B, H, L, S)
+
+    if S == 0:
+        empty = scores.sum(-1) - float("inf")
+        return Attention((scores @ v).to(query.dtype), empty, empty.detach())
+    max_scores = scores.detach().amax(-1, keepdim=True)
+    offset = max_scores.masked_fill(max_scores == float("-inf"), 0.0)
+    weights = torch.exp(scores - offset)
+    total = weights.sum(-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    lse = torch.where(nothing, float("-inf"), offset + torch.log(total))
+    return Attention(((weights / total) @ v).to(query.dtype), lse.squeeze(-1), max_scores.squeeze(-1))
+
+
+class _CutGradient(torch.autograd.Function):
+    """The identity, whose gradient is exactly zero where `keep` is False."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(keep)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, grad, 0.0), None

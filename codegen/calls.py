@@ -174,7 +174,9 @@ def _to(input: Node, *target: object, dtype: torch.dtype | None = None, **_: obj
 def convert(input: Node, dtype: torch.dtype) -> Node:
     """`input` as a torch dtype; conversion to bool asks for non-zero."""
     if dtype not in IR_DTYPE:
-        raise TraceError(f"converts to {dtype}", "Kernels have no such type.", "one of " + ", ".join(d.value for d in DType))
+        raise TraceError(
+            f"converts to {dtype}", "Kernels have no such type.", "one of " + ", ".join(d.value for d in DType)
+        )
     return truth(input) if dtype is torch.bool else cast(input, IR_DTYPE[dtype])
 
 
@@ -357,7 +359,17 @@ ALIASES: dict[str, str] = {
 RANDOM = frozenset(
     (
         *("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli", "bernoulli_"),
-        *("normal", "normal_", "uniform_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_", "poisson"),
+        *(
+            "normal",
+            "normal_",
+            "uniform_",
+            "exponential_",
+            "random_",
+            "cauchy_",
+            "geometric_",
+            "log_normal_",
+            "poisson",
+        ),
         *("multinomial", "dropout", "dropout_", "alpha_dropout", "feature_dropout", "native_dropout", "rrelu"),
     )
 )

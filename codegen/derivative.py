@@ -105,9 +105,7 @@ DERIVATIVES: dict[Op, Rule] = {
     Op.ATAN: lambda n, g: (_div(g, apply(Op.ADD, _mul(n.lhs, n.lhs), _like(1.0, n))),),
     Op.TANH: lambda n, g: (_mul(g, _sub(_like(1.0, n), _mul(n, n))),),
     Op.SIGMOID: lambda n, g: (_mul(g, _mul(n, _sub(_like(1.0, n), n))),),
-    Op.ERF: lambda n, g: (
-        _mul(g, _mul(_like(2 / math.sqrt(math.pi), n), apply(Op.EXP, _neg(_mul(n.lhs, n.lhs))))),
-    ),
+    Op.ERF: lambda n, g: (_mul(g, _mul(_like(2 / math.sqrt(math.pi), n), apply(Op.EXP, _neg(_mul(n.lhs, n.lhs))))),),
 }
 
 # Piecewise constant, or cut off on purpose.

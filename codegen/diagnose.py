@@ -22,7 +22,9 @@ def locate(error: TraceError, traceback: TracebackType | None, role: str, fallba
     filename, line = None, 0
     while traceback is not None:
         name = traceback.tb_frame.f_code.co_filename
-        inside = os.path.abspath(name).startswith((_OURS + os.sep, _TORCH + os.sep)) or name.startswith("<eval_with_key>")
+        inside = os.path.abspath(name).startswith((_OURS + os.sep, _TORCH + os.sep)) or name.startswith(
+            "<eval_with_key>"
+        )
         if not inside:
             filename, line = name, traceback.tb_lineno
         elif filename is not None and os.path.abspath(name).startswith(_OURS + os.sep):
@@ -56,8 +58,7 @@ def _explain_truth(filename: str, line: int) -> TraceError:
         case ast.Compare(left=left, comparators=comparators):
             terms = [left, *comparators]
             pairs = [
-                ast.unparse(ast.Compare(a, [op], [b]))
-                for a, op, b in zip(terms, node.ops, terms[1:], strict=False)
+                ast.unparse(ast.Compare(a, [op], [b])) for a, op, b in zip(terms, node.ops, terms[1:], strict=False)
             ]
             why = "Python joins the two comparisons with `and`. " + _ONE_ANSWER.format("`and`")
             return TraceError("chains comparisons of traced values", why, " & ".join(f"({p})" for p in pairs))

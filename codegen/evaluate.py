@@ -90,9 +90,7 @@ class Inputs:
         """The same inputs with some tensors replaced; what depends on none of the replaced ones is kept."""
         changed = frozenset(named)
         kept = {n: t for n, t in self.memo.items() if not n.axes & changed}
-        return Inputs(
-            {**self.named, **named}, self.captured, self.floats, self.ints, self.device, kept, self.on_load
-        )
+        return Inputs({**self.named, **named}, self.captured, self.floats, self.ints, self.device, kept, self.on_load)
 
 
 class Pool:

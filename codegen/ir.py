@@ -189,7 +189,9 @@ def _order(node: Node) -> tuple[int, str, tuple[tuple[str, int], ...]]:
         rank = len(INPUTS) + (node.op in (Op.CONST, Op.FLOAT, Op.INT))
     own = (node.value[1] if isinstance(node.value, tuple) else None) if numbered else node.value
     text = repr((node.op.value, node.dtype.value, own, [a.order[:2] for a in node.args]))
-    leaves = [(node.op.value, node.value[0] if isinstance(node.value, tuple) else int(node.value or 0))] if numbered else []
+    leaves = (
+        [(node.op.value, node.value[0] if isinstance(node.value, tuple) else int(node.value or 0))] if numbered else []
+    )
     for arg in node.args:
         leaves.extend(x for x in arg.order[2] if x not in leaves)
     return rank, hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), tuple(leaves)

@@ -33,9 +33,23 @@ _VALUE_READS = frozenset(
 _REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
 _SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
 _ATTRIBUTES = frozenset(
-    ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "itemsize")
+    (
+        "dtype",
+        "device",
+        "shape",
+        "ndim",
+        "requires_grad",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_sparse",
+        "is_nested",
+        "itemsize",
+    )
 )
-_QUERIES = frozenset(("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__"))
+_QUERIES = frozenset(
+    ("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__")
+)
 
 
 class Value(NamedTuple):
@@ -206,7 +220,9 @@ class Recorder(TorchFunctionMode):
 
     # ---- operands
 
-    def _elementwise(self, builder: Callable[..., Node], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Value:
+    def _elementwise(
+        self, builder: Callable[..., Node], name: str, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Value:
         keys = [*range(len(args)), *kwargs]
         given = [*args, *kwargs.values()]
         operands = {k: self._operand(x, k) for k, x in zip(keys, given, strict=True)}
@@ -269,7 +285,9 @@ class Recorder(TorchFunctionMode):
     def _capture(self, tensor: Tensor) -> Node:
         if tensor.dtype not in IR_DTYPE:
             raise TraceError(
-                f"captures a tensor of dtype {tensor.dtype}", "Kernels have no such type.", "t.float() or t.long(), outside the mod"
+                f"captures a tensor of dtype {tensor.dtype}",
+                "Kernels have no such type.",
+                "t.float() or t.long(), outside the mod",
             )
         number = self._number.get(id(tensor))
         if number is None:
@@ -344,7 +362,9 @@ class Recorder(TorchFunctionMode):
             )
         if not node.dtype.is_int:
             fix = "torch.where(condition, t[1], t[0])" if node.dtype is DType.BOOL else "t[index.to(torch.int64)]"
-            raise TraceError(f"indexes a captured tensor with a {node.dtype.value} value", "An index is an integer.", fix)
+            raise TraceError(
+                f"indexes a captured tensor with a {node.dtype.value} value", "An index is an integer.", fix
+            )
         return node
 
     def _index_vector(self, value: Value, items: list[Any]) -> Placeholder:
@@ -360,7 +380,9 @@ class Recorder(TorchFunctionMode):
         value = self._value(target)
         if len(value.shape) != 1:
             raise TraceError(
-                "iterates over a traced scalar", "It is one number, not a sequence.", "the scalar itself, or a row t[h] of a tensor"
+                "iterates over a traced scalar",
+                "It is one number, not a sequence.",
+                "the scalar itself, or a row t[h] of a tensor",
             )
         return iter([self.scalar(n) for n in value.nodes])
 

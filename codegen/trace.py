@@ -99,18 +99,25 @@ def _result(role: str, result: Any, recorder: Recorder) -> Node:
         )
     if value.shape != ():
         raise TraceError(
-            f"returns a tensor of shape {value.shape}", "It must return one number.", "an expression in which every tensor is indexed"
+            f"returns a tensor of shape {value.shape}",
+            "It must return one number.",
+            "an expression in which every tensor is indexed",
         )
     node = value.nodes[0]
     if role == "mask_mod" and node.dtype is not DType.BOOL:
         raise TraceError(
-            f"returns {node.dtype.value} values", "A mask is boolean: True where the query attends to the key.", "a comparison, e.g. value != 0"
+            f"returns {node.dtype.value} values",
+            "A mask is boolean: True where the query attends to the key.",
+            "a comparison, e.g. value != 0",
         )
     return cast(node, node.dtype) if node.kind is Kind.WEAK else node
 
 
 def positional_count(mod: Callable[..., Any]) -> int | None:
     """How many positional arguments without defaults a callable takes; None if that cannot be told or it takes any."""
+    code = getattr(mod, "__code__", None)
+    if code is not None and inspect.isfunction(mod) and not code.co_flags & inspect.CO_VARARGS:
+        return code.co_argcount - len(mod.__defaults__ or ())
     try:
         parameters = inspect.signature(mod).parameters.values()
     except (TypeError, ValueError):

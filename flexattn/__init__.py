@@ -1,1 +1,30 @@
-"""Fused attention from a few lines of Python."""
+"""Attention variants in a few lines of Python: traced, differentiated, block-sparse and fused."""
+
+from . import masks, mods
+from .api import AuxOutput, AuxRequest, flex_attention
+from .block_mask import BlockMask, create_block_mask, create_mask
+from .codegen.errors import TraceError
+from .debug import debug_mode
+from .explain import Explanation, explain
+from .masks import and_masks, noop_mask, not_mask, or_masks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuxOutput",
+    "AuxRequest",
+    "BlockMask",
+    "Explanation",
+    "TraceError",
+    "and_masks",
+    "create_block_mask",
+    "create_mask",
+    "debug_mode",
+    "explain",
+    "flex_attention",
+    "masks",
+    "mods",
+    "noop_mask",
+    "not_mask",
+    "or_masks",
+]

@@ -55,7 +55,11 @@ def _forward(
     v, blocks = variant(program), (block_size[0], block_size[1])
     if backend == "reference":
         dense = reference.attention(query, key, value, v, captured, block_mask, ints, blocks, scale)
-        return empty_like_strides(query, value.shape[-1]).copy_(dense.out), dense.lse.contiguous(), dense.max_scores.contiguous()
+        return (
+            empty_like_strides(query, value.shape[-1]).copy_(dense.out),
+            dense.lse.contiguous(),
+            dense.max_scores.contiguous(),
+        )
     problem = tiled.Problem(query, key, value, captured, block_mask, ints, blocks, v, scale)
     return tuple(tiled.forward(problem))
 
@@ -210,7 +214,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _autograd(
-    keyset: Any, query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], block_mask: Sequence[Tensor], *options: Any
+    keyset: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor],
+    block_mask: Sequence[Tensor],
+    *options: Any,
 ) -> Any:
     tensors = (query, key, value, *captured)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -85,7 +85,9 @@ def attention(
         loaded = loaded.expand(B, H, L, S) if loaded.is_floating_point() else loaded
         return _CutGradient.apply(loaded, keep) if loaded.is_floating_point() else loaded
 
-    inputs = Inputs({**named, "score": _CutGradient.apply(scores, keep)}, inputs.captured, inputs.floats, ints, device, on_load=cut)
+    inputs = Inputs(
+        {**named, "score": _CutGradient.apply(scores, keep)}, inputs.captured, inputs.floats, ints, device, on_load=cut
+    )
     (scores,) = evaluate([variant.score], inputs)
     scores = torch.where(keep, scores, float("-inf")).expand(B, H, L, S)
 

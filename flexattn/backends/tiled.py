@@ -139,7 +139,9 @@ class Walk:
         if p.key.shape[0] == B or B == 0:
             return groups
         # Keys shared by the batch: one entry at a time, rather than a copy of K and V for each.
-        return tuple(g._replace(batch_start=b, batch_stop=b + 1) for g in groups for b in range(g.batch_start, g.batch_stop))
+        return tuple(
+            g._replace(batch_start=b, batch_stop=b + 1) for g in groups for b in range(g.batch_start, g.batch_stop)
+        )
 
     def parts(self, group: Group) -> Iterator[Part]:
         """Slices of a group whose tiles stay in the cache: as many heads, then batch entries, as fit."""
@@ -184,7 +186,9 @@ class Walk:
                 chunk.keep = list(self._masks(self.variant.mask, part, chunk, q_idx, kv_idx))
             yield chunk
 
-    def _masks(self, mask: Node, part: Part, chunk: Chunk, q_idx: Tensor, kv_idx: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    def _masks(
+        self, mask: Node, part: Part, chunk: Chunk, q_idx: Tensor, kv_idx: Tensor
+    ) -> Iterator[tuple[int, int, Tensor]]:
         column = 0
         for span in chunk.spans:
             stop = column + span.stop - span.start

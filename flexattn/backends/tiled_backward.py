@@ -56,7 +56,9 @@ def backward(
                 _backward_tile(walk, part, tile, saved, dq, part_dk, part_dv, captured)
             dk[part.kv_batches, part.kv_heads] += part_dk.unflatten(0, (-1, part.lead[1])).mul_(problem.scale)
             dv[part.kv_batches, part.kv_heads] += part_dv.unflatten(0, (-1, part.lead[1]))
-    return Backward(dq.to(problem.query.dtype), dk.to(problem.key.dtype), dv.to(problem.value.dtype), captured.results())
+    return Backward(
+        dq.to(problem.query.dtype), dk.to(problem.key.dtype), dv.to(problem.value.dtype), captured.results()
+    )
 
 
 def _backward_tile(
@@ -144,7 +146,9 @@ class _CapturedGradients:
 
     def __init__(self, problem: Problem, wanted: Sequence[int], dtype: torch.dtype) -> None:
         self.captured = problem.captured
-        self.sums = {i: torch.zeros(problem.captured[i].shape, dtype=dtype, device=problem.query.device) for i in wanted}
+        self.sums = {
+            i: torch.zeros(problem.captured[i].shape, dtype=dtype, device=problem.query.device) for i in wanted
+        }
         self.wanted = wanted
 
     def wants(self, load: Node) -> bool:

@@ -1,0 +1,216 @@
+"""`flex_attention`: validate, build what is missing, call the operator."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import capture, validate
+from .block_mask import BlockMask
+from .config import check_kernel_options
+from .mask_cache import cached_block_mask
+
+
+class AuxRequest(NamedTuple):
+    """Which auxiliary outputs `flex_attention` should return."""
+
+    lse: bool = False
+    max_scores: bool = False
+
+
+class AuxOutput(NamedTuple):
+    """Auxiliary outputs, [B, Hq, L]; None where not requested.
+
+    `lse` is the natural logarithm of the softmax denominator, differentiable, -inf for a row that attends to nothing.
+    `max_scores` is the largest modified score of each row, not differentiable. Both are float32, or float64 for float64
+    inputs.
+    """
+
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+
+
+ScoreMod = Callable[..., Tensor]
+MaskMod = Callable[..., Tensor]
+
+
+@overload
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = ...,
+    block_mask: BlockMask | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    return_lse: Literal[False] = ...,
+    kernel_options: Mapping[str, Any] | None = ...,
+    *,
+    return_aux: None = ...,
+    mask_mod: MaskMod | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = ...,
+    block_mask: BlockMask | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    return_lse: Literal[True],
+    kernel_options: Mapping[str, Any] | None = ...,
+    return_aux: None = ...,
+    mask_mod: MaskMod | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = ...,
+    block_mask: BlockMask | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    return_lse: bool = ...,
+    kernel_options: Mapping[str, Any] | None = ...,
+    *,
+    return_aux: AuxRequest,
+    mask_mod: MaskMod | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, AuxOutput]: ...
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Mapping[str, Any] | None = None,
+    *,
+    return_aux: AuxRequest | None = None,
+    mask_mod: MaskMod | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
+    """Softmax attention whose scores and mask are given by Python functions of one element.
+
+    For each batch entry b and query head h, with the key/value head `h // (Hq // Hkv)`::
+
+        score  = score_mod(scale * <query[q_idx], key[kv_idx]>, b, h, q_idx, kv_idx)
+        weight = softmax over the kv_idx with mask_mod(b, h, q_idx, kv_idx) of score
+        out    = sum over kv_idx of weight * value[kv_idx]
+
+    Neither the scores nor the weights are stored: memory is linear in the sequence length, forward and backward.
+
+    Args:
+        query: [B, Hq, L, E], float16, bfloat16, float32 or float64. Any strides.
+        key: [B or 1, Hkv, S, E], the query's dtype. A batch of 1 is shared.
+        value: [B or 1, Hkv, S, Ev]. Ev may differ from E.
+        score_mod: function `(score, b, h, q_idx, kv_idx) -> score` of scalars, traced once. `score` is float32
+            (float64 for float64 inputs), the indices are int32, h is the query head. None is the identity.
+        block_mask: which blocks are attended, and the mask inside partial ones. Its lists are what counts: a block
+            that is not listed is not attended, a full block is not masked. Batch and head sizes must be 1 or query's.
+        scale: factor of the dot products. Default 1 / sqrt(E).
+        enable_gqa: allow Hq to be a multiple of Hkv.
+        return_lse: also return the lse, [B, Hq, L]. Kept for PyTorch's sake; prefer `return_aux`.
+        kernel_options: tuning of GPU kernels, see `flexattn.config.OPTIONS`; never changes a result.
+        return_aux: which auxiliary outputs to return.
+        mask_mod: function `(b, h, q_idx, kv_idx) -> bool`, True = attend. Its block mask is built for this shape and
+            cached; give either this or `block_mask`.
+        backend: "tiled" (blocked, linear memory, any device), "reference" (dense, for checking), or "auto", the fastest
+            one for the device.
+
+    Returns:
+        out [B, Hq, L, Ev] in the query's dtype and order of dimensions; `(out, lse)` with `return_lse`;
+        `(out, AuxOutput)` with `return_aux`. A row that attends to nothing has output 0, lse -inf and zero gradients.
+        Gradients flow to query, key, value and every captured floating-point tensor, through `out` and `lse`.
+
+    Raises:
+        ValueError, TypeError: for tensors, masks or options that do not fit together.
+        TraceError: for a mod that cannot be traced; says which line and what to write instead.
+
+    The interface is that of `torch.nn.attention.flex_attention`; the method is FlashAttention-2 (Dao, 2023).
+
+    Example:
+        >>> import torch, flexattn
+        >>> q, k, v = (torch.randn(1, 4, 256, 32) for _ in range(3))
+        >>> slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+        >>> def alibi(score, b, h, q_idx, kv_idx):
+        ...     return score + slopes[h] * (kv_idx - q_idx)
+        >>> def causal(b, h, q_idx, kv_idx):
+        ...     return q_idx >= kv_idx
+        >>> out = flexattn.flex_attention(q, k, v, score_mod=alibi, mask_mod=causal)
+        >>> out.shape
+        torch.Size([1, 4, 256, 32])
+    """
+    validate.choices(block_mask, mask_mod, return_lse, return_aux, backend, scale)
+    validate.tensors(query, key, value, enable_gqa)
+    check_kernel_options(kernel_options)
+    query, key, value = _autocast(query, key, value)
+    if mask_mod is not None:
+        block_mask = cached_block_mask(mask_mod, query, key)
+    lists: tuple[Tensor, ...] = ()
+    block_size = (128, 128)
+    if block_mask is not None:
+        validate.block_mask(block_mask, query, key)
+        lists = block_mask.kv_lists()
+        block_size = block_mask.BLOCK_SIZE
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    out, lse, max_scores = capture.attention(
+        query,
+        key,
+        value,
+        score_mod,
+        None if block_mask is None else block_mask.mask_mod,
+        lists,
+        block_size,
+        scale,
+        _choose_backend(backend, query.device.type),
+    )
+    if return_aux is not None:
+        aux = AuxOutput(lse if return_aux.lse else None, max_scores if return_aux.max_scores else None)
+        return out, aux
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def _choose_backend(backend: str, device: str) -> str:
+    if backend != "auto":
+        return backend
+    if device != "cpu" and not torch.compiler.is_compiling():
+        _warn_once(
+            f"flex_attention runs on {device} by torch operators (backend 'tiled'): memory is linear, but it is slower "
+            "than a fused kernel. Pass backend='tiled' to accept this without a warning."
+        )
+    return "tiled"
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,163 @@
+"""Where mods meet the operators: in eager code they are traced here, in compiled code Dynamo captures them for us.
+
+Under `torch.compile` a higher-order operator stands for the call; Dynamo traces the mods as its sub-graphs with their
+free variables lifted, wherever they were defined. The operator has no kernel of its own: whenever the Dynamo graph is
+run or traced again, it replays the sub-graphs into the recorder and calls the same operators as eager code.
+
+This is the one file that uses private names of PyTorch, present and unchanged in 2.11 to 2.15:
+`torch._ops.HigherOrderOperator`, and in `torch._dynamo.variables.higher_order_ops` the table
+`_hop_name_to_variable_class` and the class `FlexAttentionHigherOrderVariable`. If one is missing, compiling raises
+`RuntimeError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+
+from . import ops
+from .backends.tiled import Problem
+from .codegen.pipeline import variant
+from .codegen.trace import trace
+from .debug import check_indices, debugging
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None,
+    mask_mod: Callable[..., Tensor] | None,
+    block_mask: Sequence[Tensor],
+    block_size: tuple[int, int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and max_scores of an attention call whose arguments have been validated."""
+    if torch.compiler.is_dynamo_compiling():
+        ensure_registered()
+        blocks = (*block_mask, mask_mod or _full)
+        options = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend}
+        return captured_call(query, key, value, score_mod or _identity, blocks, scale, {**options, "sizes": block_size})
+    return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None,
+    mask_mod: Callable[..., Tensor] | None,
+    block_mask: Sequence[Tensor],
+    block_size: tuple[int, int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+    program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
+    if debugging():
+        check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
+    result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
+        query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend
+    )
+    return result
+
+
+def block_lists(
+    mask_mod: Callable[..., Tensor], shape: tuple[int, int, int, int], block_size: tuple[int, int], like: Tensor
+) -> Lists:
+    """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`: see `ops.block_mask`."""
+    if torch.compiler.is_dynamo_compiling():
+        ensure_registered()
+        lists: Lists = captured_call(
+            like, like, like, _identity, ((*shape, *block_size), mask_mod), 1.0, {"sizes": None}
+        )
+        return lists
+    return _block_lists(mask_mod, shape, block_size, like)
+
+
+def _block_lists(
+    mask_mod: Callable[..., Tensor], shape: Sequence[int], block_size: Sequence[int], like: Tensor
+) -> Lists:
+    program, captured, ints = trace(None, mask_mod, device=like.device)
+    B, H, Q, KV = shape
+    return ops.block_mask(captured, ints, program, B, H, Q, KV, *block_size, like)
+
+
+def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return score
+
+
+def _full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return b.new_ones((), dtype=torch.bool)
+
+
+class _CapturedCall(HigherOrderOperator):
+    """A call inside a Dynamo graph: operands, and the mods as graph modules with the values they captured."""
+
+    def __init__(self) -> None:
+        super().__init__("flexattn_call", cacheable=True)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_graph: Callable[..., Tensor],
+        blocks: tuple[Any, ...],
+        scale: float,
+        options: dict[str, Any],
+        score_captured: tuple[Any, ...] = (),
+        mask_captured: tuple[Any, ...] = (),
+    ) -> Any:
+        *lists, mask_graph = blocks
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return _single(score_graph(score, b, h, q_idx, kv_idx, *score_captured))
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return _single(mask_graph(b, h, q_idx, kv_idx, *mask_captured))
+
+        if options["sizes"] is None:
+            B, H, Q, KV, q_block, kv_block = lists[0]
+            return _block_lists(mask_mod, (B, H, Q, KV), (q_block, kv_block), query)
+        return _attention(
+            query,
+            key,
+            value,
+            score_mod if options["score"] else None,
+            mask_mod if options["mask"] else None,
+            lists,
+            options["sizes"],
+            scale,
+            options["backend"],
+        )
+
+
+def _single(result: Any) -> Tensor:
+    value: Tensor = result[0] if isinstance(result, tuple) else result
+    return value
+
+
+captured_call = _CapturedCall()
+
+
+@torch.compiler.assume_constant_result
+def ensure_registered() -> bool:
+    """Tell Dynamo how to capture our operator. Run for real while Dynamo traces; leaves nothing in the graph."""
+    try:
+        from torch._dynamo.variables import higher_order_ops as dynamo
+
+        dynamo._hop_name_to_variable_class[captured_call.__name__] = dynamo.FlexAttentionHigherOrderVariable
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"flexattn inside torch.compile supports PyTorch 2.11 to 2.15; this is {torch.__version__}, in which "
+            f"Dynamo changed ({error}). Call it outside the compiled region: torch.compiler.disable(flex_attention)"
+        ) from error
+    return True

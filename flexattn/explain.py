@@ -1,0 +1,165 @@
+"""Every stage of one variant, from the callable to the derivative, as text."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codegen.formula import formula
+from .codegen.ir import Node
+from .codegen.pipeline import variant
+from .codegen.trace import describe, trace
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `str()` of it is the whole report.
+
+    Attributes:
+        program: the canonical program text.
+        captured: a line for each captured tensor and run-time number: name, what it is.
+        formula: the modified score and the mask as mathematics.
+        derivative: the gradients of the score and of captured tensors; `grad` is that of the modified score.
+        backend: which backend `flex_attention` chooses on a CPU, and how it applies the score.
+    """
+
+    program: str
+    captured: tuple[str, ...]
+    formula: str
+    derivative: str
+    backend: str
+
+    def __str__(self) -> str:
+        sections = {
+            "program": self.program,
+            "captured": "\n".join(self.captured) or "nothing",
+            "formula": self.formula,
+            "derivative": self.derivative,
+            "backend": self.backend,
+        }
+        return "\n\n".join(f"{title}\n" + _indent(text) for title, text in sections.items())
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {len(self.program.splitlines())} program lines; print() it>"
+
+
+def explain(
+    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quiet: bool = False,
+) -> Explanation:
+    """Print what becomes of a score_mod and a mask_mod, and return it.
+
+    Args:
+        score_mod: function `(score, b, h, q_idx, kv_idx)`, or None.
+        mask_mod: function `(b, h, q_idx, kv_idx)`, or None.
+        dtype: dtype of the query; scores are float64 for float64 and float32 for any other.
+        quiet: do not print.
+
+    Raises:
+        TraceError: for a mod that cannot be traced.
+
+    Example:
+        >>> import flexattn
+        >>> report = flexattn.explain(lambda score, b, h, q_idx, kv_idx: 20 * (score / 20).tanh(), quiet=True)
+        >>> print(report.formula)
+        score' = 20 * tanh(score / 20)
+    """
+    score_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    program, captured, ints = trace(score_mod, mask_mod, score_dtype=score_dtype)
+    parsed = variant(program)
+    n = len(captured) - parsed.n_floats
+    found = _names((score_mod, mask_mod))
+    names = {f"c{i}": found[id(t)] for i, t in enumerate(captured[:n]) if id(t) in found}
+    names |= {f"f{i}": f"{t.item():g}" for i, t in enumerate(captured[n:])}
+    lines = [
+        f"c{i}: {names.get(f'c{i}', 'unnamed')}, {str(t.dtype)[6:]} {list(t.shape)}" for i, t in enumerate(captured[:n])
+    ]
+    lines += [f"f{i}: {t.item()!r}, a run-time number" for i, t in enumerate(captured[n:])]
+    lines += [f"i{i}: {v}, a run-time integer" for i, v in enumerate(ints)]
+    roots = {"score'": parsed.score} | ({} if parsed.mask is None else {"keep": parsed.mask})
+    report = Explanation(
+        program, tuple(lines), formula(roots, names), _derivative(parsed.derivative, names), _backend(parsed)
+    )
+    if not quiet:
+        for role, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+            if mod is not None:
+                print(f"{role} {describe(mod)}")
+        print(f"\n{report}")
+    return report
+
+
+def _derivative(derivative: Any, names: Mapping[str, str]) -> str:
+    roots: dict[str, Node] = {}
+    if derivative.score is not None:
+        roots["d score"] = derivative.score
+    for load, grad in derivative.loads:
+        target = formula({"": load}, names).removeprefix(" = ")
+        place = f"d {target}"
+        while place in roots:
+            place += "'"
+        roots[place] = grad
+    return formula(roots, names) if roots else "nothing depends on the score or on a captured tensor"
+
+
+def _backend(parsed: Any) -> str:
+    from .backends.tiled import additive_bias
+
+    if not parsed.modifies_score:
+        how = "scores are used as they are"
+    elif additive_bias(parsed) is not None:
+        how = "the mod adds a bias: one fused multiply-add into the scores"
+    else:
+        how = "the mod is evaluated on each tile of scores"
+    mask = "no mask" if parsed.mask is None else "partial blocks are masked element by element, full blocks are not"
+    return f"tiled (torch operators, online softmax in base 2); {how}; {mask}"
+
+
+def _names(mods: tuple[Any, ...]) -> dict[int, str]:
+    """The user's names of tensors that a mod can see: closure, globals, defaults, attributes of its object."""
+    found: dict[int, str] = {}
+
+    def visit(mod: Any, depth: int) -> None:
+        if mod is None or depth > 3:
+            return
+        if isinstance(mod, functools.partial):
+            for name, value in {**{f"argument {i}": a for i, a in enumerate(mod.args)}, **mod.keywords}.items():
+                note(name, value, depth)
+            return visit(mod.func, depth)
+        owner = getattr(mod, "__self__", None if inspect.isfunction(mod) else mod)
+        for name, value in getattr(owner, "__dict__", {}).items():
+            note(f"self.{name}", value, depth)
+        function = getattr(mod, "__func__", mod if inspect.isfunction(mod) else getattr(type(mod), "__call__", None))
+        if inspect.isfunction(function):
+            scope = inspect.getclosurevars(function)
+            for name, value in {**scope.globals, **scope.nonlocals}.items():
+                note(name, value, depth)
+
+    def note(name: str, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), name)
+        elif isinstance(value, dict) and name.endswith(("_parameters", "_buffers")):
+            for inner, tensor in value.items():
+                note(f"self.{inner}", tensor, depth)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if callable(item):
+                    visit(item, depth + 1)
+        elif callable(value) and not inspect.isclass(value) and not inspect.isbuiltin(value):
+            visit(value, depth + 1)
+
+    for mod in mods:
+        visit(mod, 0)
+    return found
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,384 @@
+"""Ready-made mask_mods, and how to combine them. A mask_mod takes (b, h, q_idx, kv_idx); True means: attend.
+
+A name that says what is attended is itself a mask_mod (`causal_mask`, `noop_mask`); a name that takes parameters returns
+one (`sliding_window(256)`). All are small callable objects: they print well, compare by identity and can be pickled.
+Pictures show which keys (columns) a query (row) attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MaskMod = Callable[..., Tensor]
+
+__all__ = [
+    "and_masks",
+    "causal",
+    "causal_mask",
+    "chunked",
+    "document_mask",
+    "noop_mask",
+    "not_mask",
+    "or_masks",
+    "padding",
+    "prefix_lm",
+    "sliding_window",
+    "window",
+]
+
+
+def noop_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Everything is attended."""
+    return b.new_ones((), dtype=torch.bool)
+
+
+def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """`q_idx >= kv_idx`: a query attends to itself and to what comes before it, counted from the start of both.
+
+        1 . . .
+        1 1 . .
+        1 1 1 .
+
+    Lengths that differ are aligned at the top left, as in PyTorch's `is_causal`; FlashAttention aligns them at the
+    bottom right: use `causal(KV_LEN - Q_LEN)` for that.
+    """
+    return q_idx >= kv_idx
+
+
+class _Mask:
+    """A mask_mod with parameters."""
+
+    @property
+    def __name__(self) -> str:
+        return repr(self)
+
+    def to(self, device: torch.device | str) -> Any:
+        """The same mask with its tensors on another device."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})  # type: ignore[type-var,arg-type]
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_move(v, device) for v in value)
+    return value.to(device) if isinstance(value, (Tensor, _Mask)) else value
+
+
+def _name(mask: Any) -> str:
+    return getattr(mask, "__name__", repr(mask))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _All(_Mask):
+    masks: tuple[MaskMod, ...]
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = self.masks[0](b, h, q_idx, kv_idx)
+        for mask in self.masks[1:]:
+            result = result & mask(b, h, q_idx, kv_idx)
+        return result
+
+    def __repr__(self) -> str:
+        return f"and_masks({', '.join(map(_name, self.masks))})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Any(_Mask):
+    masks: tuple[MaskMod, ...]
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = self.masks[0](b, h, q_idx, kv_idx)
+        for mask in self.masks[1:]:
+            result = result | mask(b, h, q_idx, kv_idx)
+        return result
+
+    def __repr__(self) -> str:
+        return f"or_masks({', '.join(map(_name, self.masks))})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Not(_Mask):
+    mask: MaskMod
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ~self.mask(b, h, q_idx, kv_idx)
+
+    def __repr__(self) -> str:
+        return f"not_mask({_name(self.mask)})"
+
+
+def _check_callable(function: str, masks: tuple[Any, ...]) -> None:
+    for mask in masks:
+        if not callable(mask):
+            raise TypeError(
+                f"{function} takes mask functions (b, h, q_idx, kv_idx) -> bool, got {type(mask).__name__}. To use a "
+                "tensor, index it in a function: lambda b, h, q_idx, kv_idx: t[b, h, q_idx, kv_idx]"
+            )
+
+
+def and_masks(*mask_mods: MaskMod) -> MaskMod:
+    """Attended where every one of the masks attends; everywhere for none.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.and_masks(flexattn.masks.causal_mask, flexattn.masks.chunked(64))
+        and_masks(causal_mask, chunked(size=64))
+    """
+    _check_callable("and_masks", mask_mods)
+    return _All(mask_mods) if mask_mods else noop_mask
+
+
+def or_masks(*mask_mods: MaskMod) -> MaskMod:
+    """Attended where at least one of the masks attends; nowhere for none."""
+    _check_callable("or_masks", mask_mods)
+    return _Any(mask_mods) if mask_mods else _Not(noop_mask)
+
+
+def not_mask(mask_mod: MaskMod) -> MaskMod:
+    """Attended where the mask does not attend."""
+    _check_callable("not_mask", (mask_mod,))
+    return mask_mod.mask if isinstance(mask_mod, _Not) else _Not(mask_mod)
+
+
+@dataclass(frozen=True, eq=False)
+class causal(_Mask):  # noqa: N801
+    """Causal with an offset: `q_idx + offset >= kv_idx`.
+
+    `offset = KV_LEN - Q_LEN` aligns the last query with the last key (bottom right), which is what decoding with a
+    cache of earlier keys needs. Picture of 2 queries and 4 keys with offset 2:
+
+        1 1 1 .
+        1 1 1 1
+
+    Args:
+        offset: position of the first query among the keys: an int, a 0-d tensor, or one for each batch entry, [B].
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.causal(2), None, None, 2, 4)[0, 0].int().tolist()
+        [[1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+
+    offset: int | Tensor = 0
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        return q_idx + _per_batch(self.offset, b) >= kv_idx
+
+
+def _per_batch(value: Any, b: Tensor) -> Any:
+    return value[b] if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+@dataclass(frozen=True, eq=False)
+class sliding_window(_Mask):  # noqa: N801
+    """The last `size` keys, the query's own among them: `0 <= q_idx - kv_idx < size`.
+
+    With size 2:
+
+        1 . . .
+        1 1 . .
+        . 1 1 .
+        . . 1 1
+
+    Mistral and Hugging Face count the same way. FlashAttention's `window_size=(w, 0)` does not count the query itself:
+    it is `sliding_window(w + 1)`.
+
+    Args:
+        size: keys in the window, at least 1.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.sliding_window(2), None, None, 3, 3)[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(
+                f"sliding_window({self.size}) attends to nothing; the size counts the query's own position"
+            )
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        distance = q_idx - kv_idx
+        return (distance >= 0) & (distance < self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class window(_Mask):  # noqa: N801
+    """`left` keys before the query, itself, and `right` keys after it: `-right <= q_idx - kv_idx <= left`.
+
+    With left 1 and right 1:
+
+        1 1 . .
+        1 1 1 .
+        . 1 1 1
+
+    FlashAttention's `window_size=(left, right)`, for equal lengths.
+
+    Args:
+        left: keys before the query, at least 0.
+        right: keys after it, at least 0.
+    """
+
+    left: int
+    right: int
+
+    def __post_init__(self) -> None:
+        if self.left < 0 or self.right < 0:
+            raise ValueError(
+                f"window({self.left}, {self.right}): both sides must be 0 or more; None for no limit is causal()"
+            )
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        distance = q_idx - kv_idx
+        return (distance <= self.left) & (distance >= -self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class prefix_lm(_Mask):  # noqa: N801
+    """A prefix that all attend to, causal after it: `kv_idx < prefix_length or q_idx >= kv_idx`.
+
+    With a prefix of 2:
+
+        1 1 . .
+        1 1 . .
+        1 1 1 .
+        1 1 1 1
+
+    Args:
+        prefix_length: an int, a 0-d tensor, or one for each batch entry, [B].
+
+    Source: Raffel et al., 2020 (T5), section 3.2.
+    """
+
+    prefix_length: int | Tensor
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        return (kv_idx < _per_batch(self.prefix_length, b)) | (q_idx >= kv_idx)
+
+
+@dataclass(frozen=True, eq=False)
+class document_mask(_Mask):  # noqa: N801
+    """Only within the same document of a packed sequence: `document_ids[q_idx] == document_ids[kv_idx]`.
+
+    With ids 0 0 1 1 (combine it with `causal_mask` by `and_masks`):
+
+        1 1 . .
+        1 1 . .
+        . . 1 1
+        . . 1 1
+
+    Args:
+        document_ids: integers, [S], or [B, S] for a different packing in each batch entry. Queries and keys are the
+            same sequence.
+
+    Example:
+        >>> import torch, flexattn
+        >>> ids = torch.tensor([0, 0, 1])
+        >>> flexattn.create_mask(flexattn.masks.document_mask(ids), None, None, 3, 3)[0, 0].int().tolist()
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    """
+
+    document_ids: Tensor
+
+    def __post_init__(self) -> None:
+        ids = self.document_ids
+        if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or ids.is_floating_point():
+            raise ValueError("document_ids must be an integer tensor [S] or [B, S]")
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        if self.document_ids.dim() == 1:
+            return self.document_ids[q_idx] == self.document_ids[kv_idx]
+        return self.document_ids[b, q_idx] == self.document_ids[b, kv_idx]
+
+    def __repr__(self) -> str:
+        return f"document_mask({list(self.document_ids.shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class padding(_Mask):  # noqa: N801
+    """Only real keys of a padded batch: `kv_idx < lengths[b]`. Rows of padded queries still attend to the real keys.
+
+    Args:
+        lengths: integers [B], the number of real keys of each batch entry.
+    """
+
+    lengths: Tensor
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        return kv_idx < self.lengths[b]
+
+
+@dataclass(frozen=True, eq=False)
+class chunked(_Mask):  # noqa: N801
+    """Within chunks of `size` positions: `q_idx // size == kv_idx // size`. Not causal by itself.
+
+    With size 2:
+
+        1 1 . .
+        1 1 . .
+        . . 1 1
+
+    Llama 4 combines it with `causal_mask`.
+
+    Args:
+        size: positions of a chunk, at least 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"chunked({self.size}): a chunk has at least one position")
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
+        return q_idx // self.size == kv_idx // self.size
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftedMask(_Mask):
+    """A mask_mod seen through an index: what a slice of a block mask uses.
+
+    `b`, `h` and `row` map new positions to old ones: None for unchanged, (start, step), or a tensor of old positions.
+    `row` counts rows of query blocks of `block` queries.
+    """
+
+    mask: MaskMod
+    b: tuple[int, int] | Tensor | None
+    h: tuple[int, int] | Tensor | None
+    row: tuple[int, int] | Tensor | None
+    block: int
+
+    @classmethod
+    def of(cls, mask: MaskMod, b: Any, h: Any, row: Any, block: int) -> MaskMod:
+        """`mask` with these picks (slices with known ends, or tensors); `mask` itself if they change nothing."""
+        maps = [_as_map(p) for p in (b, h, row)]
+        return mask if maps == [None, None, None] else cls(mask, *maps, block)  # type: ignore[arg-type]
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The old mask at the old positions."""
+        if isinstance(self.row, Tensor) or (self.row is not None and self.row[1] != 1):
+            q_idx = _mapped(self.row, q_idx // self.block) * self.block + q_idx % self.block
+        elif self.row is not None:
+            q_idx = q_idx + self.row[0] * self.block
+        return self.mask(_mapped(self.b, b), _mapped(self.h, h), q_idx, kv_idx)
+
+
+def _as_map(pick: Any) -> tuple[int, int] | Tensor | None:
+    if pick is None or isinstance(pick, Tensor):
+        return pick
+    return None if (pick.start, pick.step) == (0, 1) else (pick.start, pick.step)
+
+
+def _mapped(positions: tuple[int, int] | Tensor | None, index: Tensor) -> Tensor:
+    if positions is None:
+        return index
+    if isinstance(positions, Tensor):
+        return positions.to(index.device)[index]
+    return index * positions[1] + positions[0]

@@ -1,0 +1,110 @@
+"""Every error about the arguments of an attention call is raised here, before any work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("auto", "tiled", "reference")
+
+
+def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise `ValueError` unless the three tensors form one attention problem."""
+    named = {"query": query, "key": key, "value": value}
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}; pass a tensor of shape [batch, heads, length, head_dim]")
+        if t.is_nested:
+            raise NotImplementedError(
+                f"{name} is a nested tensor. Pack the sequences into one and keep them apart with a mask instead: "
+                "flexattn.masks.document_mask(document_ids)"
+            )
+        if t.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be [batch, heads, length, head_dim]")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {t.dtype}; use one of {', '.join(str(d)[6:] for d in DTYPES)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value differ in dtype ({query.dtype}, {key.dtype}, {value.dtype}); convert them to one"
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            f"query, key and value are on different devices ({query.device}, {key.device}, {value.device})"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key differ in head_dim: {query.shape[-1]} and {key.shape[-1]}")
+    if query.shape[-1] == 0:
+        raise ValueError("query and key have head_dim 0")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key and value differ in batch, heads or length: {tuple(key.shape[:3])} and {tuple(value.shape[:3])}"
+        )
+    if key.shape[0] not in (query.shape[0], 1):
+        raise ValueError(f"the batch of key and value is {key.shape[0]}; it must be query's, {query.shape[0]}, or 1")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads != kv_heads:
+        if not enable_gqa:
+            raise ValueError(
+                f"query has {heads} heads, key and value have {kv_heads}. For grouped-query attention pass enable_gqa=True"
+            )
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"query's {heads} heads cannot be divided among {kv_heads} key and value heads")
+
+
+def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
+    """Raise unless a block mask was made for this shape and device."""
+    from .block_mask import BlockMask
+
+    if not isinstance(mask, BlockMask):
+        hint = ""
+        if hasattr(mask, "kv_num_blocks"):
+            hint = (
+                ". PyTorch's BlockMask converts by flexattn.BlockMask.from_kv_blocks(m.kv_num_blocks, m.kv_indices, "
+                "m.full_kv_num_blocks, m.full_kv_indices, m.BLOCK_SIZE, m.mask_mod, m.seq_lengths)"
+            )
+        elif callable(mask):
+            hint = "; a mask function is passed as mask_mod="
+        raise TypeError(
+            f"block_mask is a {type(mask).__module__}.{type(mask).__name__}, not a flexattn.BlockMask{hint}"
+        )
+    for name, size, have, axis in (
+        ("B", query.shape[0], mask.kv_num_blocks.shape[0], "batch"),
+        ("H", query.shape[1], mask.kv_num_blocks.shape[1], "heads"),
+    ):
+        if have not in (1, size):
+            raise ValueError(
+                f"block_mask has {name}={have} but query has {axis} {size}. A mask's {name} must equal query's or be 1; "
+                f"build it with create_block_mask(..., {name}={size}) or {name}=None"
+            )
+    lengths = (query.shape[2], key.shape[2])
+    if tuple(mask.seq_lengths) != lengths:
+        raise ValueError(
+            f"block_mask was made for lengths (Q_LEN, KV_LEN) = {tuple(mask.seq_lengths)}, query and key have {lengths}. "
+            "Build it for these lengths, or crop it with block_mask._adjust(Q_LEN, KV_LEN)"
+        )
+    if mask.kv_num_blocks.device != query.device:
+        raise ValueError(
+            f"block_mask is on {mask.kv_num_blocks.device}, query on {query.device}; move it with "
+            f"block_mask.to({str(query.device)!r})"
+        )
+
+
+def choices(block_mask: Any, mask_mod: Any, return_lse: bool, return_aux: Any, backend: str, scale: Any) -> None:
+    """Raise for arguments that exclude each other, and for unknown names."""
+    if block_mask is not None and mask_mod is not None:
+        raise ValueError(
+            "both block_mask and mask_mod are given. A block mask brings its own mask_mod: pass one of the two, or build "
+            "the block mask from and_masks(a, b)"
+        )
+    if return_lse and return_aux is not None:
+        raise ValueError("both return_lse and return_aux are given; write return_aux=AuxRequest(lse=True) alone")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    if scale is not None and not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(
+            f"scale is a {type(scale).__name__}; pass a Python number, or multiply the score by the tensor in a score_mod: "
+            "lambda score, b, h, q_idx, kv_idx: score * scale"
+        )

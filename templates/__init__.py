@@ -1,0 +1,1 @@
+"""Triton kernels: ordinary `@triton.jit` files that take generated functions as compile-time arguments."""

@@ -169,7 +169,7 @@ def _value(node: Node, inputs: Inputs) -> Tensor:
         case Op.INPUT:
             return inputs.named[str(node.value)].to(dtype)
         case Op.CONST:
-            return torch.full((), node.value, dtype=dtype, device=inputs.device)
+            return torch.full((), node.value, dtype=dtype, device=inputs.device)  # type: ignore[arg-type]
         case Op.FLOAT:
             return inputs.floats[operator.index(node.value)].to(dtype)  # type: ignore[arg-type]
         case Op.INT:

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from enum import Enum, IntEnum
+from typing import ClassVar
 
 
 class DType(Enum):
@@ -132,8 +133,8 @@ class Node:
     axes: frozenset[str]
     order: tuple[int, str, tuple[tuple[str, int], ...]]
 
-    _interned: weakref.WeakValueDictionary[tuple[object, ...], Node] = weakref.WeakValueDictionary()
-    _lock = threading.Lock()
+    _interned: ClassVar[weakref.WeakValueDictionary[tuple[object, ...], Node]] = weakref.WeakValueDictionary()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __new__(cls, op: Op, args: tuple[Node, ...], dtype: DType, kind: Kind, value: Value = None) -> Node:
         # repr keeps 0.0 apart from -0.0, True from 1, and makes nan equal to itself.

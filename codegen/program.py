@@ -150,9 +150,9 @@ def _define(line: str, names: dict[str, Node], number: int) -> None:
         operands = [_operand(w, names, number) for w in words]
         if op is Op.LOAD:
             node = spec.load(*operands)
-        elif op is Op.WHERE and len(operands) == 3:
-            node = spec.apply(op, *operands)
-        elif op in spec.SIGNATURES and len(operands) == spec.SIGNATURES[op].arity:
+        elif (op is Op.WHERE and len(operands) == 3) or (
+            op in spec.SIGNATURES and len(operands) == spec.SIGNATURES[op].arity
+        ):
             node = spec.apply(op, *operands)
         else:
             raise ProgramError(f"line {number} of the program: wrong number of operands for {op.value}: {line!r}")

@@ -86,7 +86,7 @@ class Placeholder(Tensor):
         return found.recorder.call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise _unsupported(str(func))
 
 
@@ -272,7 +272,7 @@ class Recorder(TorchFunctionMode):
             return Node(Op.INT, (), DType.INT64, Kind.WEAK, _number_of(item, self.ints))
         if isinstance(item, torch.SymFloat):
             # A multiplication is what Inductor can turn back into a graph input.
-            self.floats.append(torch.ones((), dtype=torch.float64) * item)
+            self.floats.append(torch.ones((), dtype=torch.float64) * item)  # type: ignore[operator]
         elif math.isfinite(item):
             self.floats.append(item)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -211,6 +211,6 @@ def _choose_backend(backend: str, device: str) -> str:
     return "tiled"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)

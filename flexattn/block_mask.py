@@ -145,8 +145,8 @@ class BlockMask:
             and not lists[0].is_meta
         ):
             _check_lists(lists, -(-lengths[1] // size[1]))
-        full = (lists[2], lists[3]) if len(lists) > 2 else (None, None)
-        return cls(lengths, lists[0], lists[1], *full, size, mask_mod)
+        full_count, full_index = (lists[2], lists[3]) if len(lists) > 2 else (None, None)
+        return cls(lengths, lists[0], lists[1], full_count, full_index, size, mask_mod)
 
     # ---- views of the same data
 
@@ -409,7 +409,8 @@ def _flatten_with_keys(mask: BlockMask) -> tuple[list[tuple[pytree.KeyEntry, Any
 
 
 def _unflatten(leaves: Any, context: _Context) -> BlockMask:
-    return BlockMask(context.seq_lengths, *leaves, context.block_size, context.mask_mod)
+    count, index, full_count, full_index = leaves
+    return BlockMask(context.seq_lengths, count, index, full_count, full_index, context.block_size, context.mask_mod)
 
 
 pytree.register_pytree_node(

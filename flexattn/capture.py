@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from . import ops
-from .backends.tiled import Problem
 from .codegen.pipeline import variant
 from .codegen.trace import trace
 from .debug import check_indices, debugging
+from .problem import Problem
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -87,7 +87,7 @@ def _block_lists(
 ) -> Lists:
     program, captured, ints = trace(None, mask_mod, device=like.device)
     B, H, Q, KV = shape
-    return ops.block_mask(captured, ints, program, B, H, Q, KV, *block_size, like)
+    return ops.block_mask(captured, ints, program, B, H, Q, KV, block_size[0], block_size[1], like)
 
 
 def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

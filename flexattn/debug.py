@@ -13,10 +13,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .backends.tiled import Problem, Walk
+from .backends.tiled import Walk
 from .codegen.evaluate import evaluate
 from .codegen.formula import formula
 from .codegen.ir import Node, Op, walk
+from .problem import Problem
 
 _ENABLED: ContextVar[bool] = ContextVar(
     "flexattn_debug", default=os.environ.get("FLEXATTN_DEBUG", "0") not in ("0", "")

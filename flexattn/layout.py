@@ -12,5 +12,6 @@ def empty_like_strides(query: Tensor, last: int) -> Tensor:
     A query that is a transposed [B, L, H, E] gives an output that is one too, so merging the heads costs no copy.
     """
     shape = (*query.shape[:-1], last)
-    order = sorted(range(query.dim() - 1), key=lambda d: (-query.stride(d), d))
+    strides: tuple[int, ...] = query.stride()
+    order = sorted(range(query.dim() - 1), key=lambda d: (-strides[d], d))
     return torch.empty_permuted(shape, (*order, query.dim() - 1), dtype=query.dtype, device=query.device)

@@ -145,7 +145,7 @@ def not_mask(mask_mod: MaskMod) -> MaskMod:
 
 
 @dataclass(frozen=True, eq=False)
-class causal(_Mask):  # noqa: N801
+class causal(_Mask):
     """Causal with an offset: `q_idx + offset >= kv_idx`.
 
     `offset = KV_LEN - Q_LEN` aligns the last query with the last key (bottom right), which is what decoding with a
@@ -174,7 +174,7 @@ def _per_batch(value: Any, b: Tensor) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class sliding_window(_Mask):  # noqa: N801
+class sliding_window(_Mask):
     """The last `size` keys, the query's own among them: `0 <= q_idx - kv_idx < size`.
 
     With size 2:
@@ -210,7 +210,7 @@ class sliding_window(_Mask):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class window(_Mask):  # noqa: N801
+class window(_Mask):
     """`left` keys before the query, itself, and `right` keys after it: `-right <= q_idx - kv_idx <= left`.
 
     With left 1 and right 1:
@@ -241,7 +241,7 @@ class window(_Mask):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class prefix_lm(_Mask):  # noqa: N801
+class prefix_lm(_Mask):
     """A prefix that all attend to, causal after it: `kv_idx < prefix_length or q_idx >= kv_idx`.
 
     With a prefix of 2:
@@ -264,7 +264,7 @@ class prefix_lm(_Mask):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class document_mask(_Mask):  # noqa: N801
+class document_mask(_Mask):
     """Only within the same document of a packed sequence: `document_ids[q_idx] == document_ids[kv_idx]`.
 
     With ids 0 0 1 1 (combine it with `causal_mask` by `and_masks`):
@@ -302,7 +302,7 @@ class document_mask(_Mask):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class padding(_Mask):  # noqa: N801
+class padding(_Mask):
     """Only real keys of a padded batch: `kv_idx < lengths[b]`. Rows of padded queries still attend to the real keys.
 
     Args:
@@ -316,7 +316,7 @@ class padding(_Mask):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class chunked(_Mask):  # noqa: N801
+class chunked(_Mask):
     """Within chunks of `size` positions: `q_idx // size == kv_idx // size`. Not causal by itself.
 
     With size 2:
@@ -359,7 +359,7 @@ class ShiftedMask(_Mask):
     def of(cls, mask: MaskMod, b: Any, h: Any, row: Any, block: int) -> MaskMod:
         """`mask` with these picks (slices with known ends, or tensors); `mask` itself if they change nothing."""
         maps = [_as_map(p) for p in (b, h, row)]
-        return mask if maps == [None, None, None] else cls(mask, *maps, block)  # type: ignore[arg-type]
+        return mask if maps == [None, None, None] else cls(mask, maps[0], maps[1], maps[2], block)
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """The old mask at the old positions."""

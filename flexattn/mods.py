@@ -50,7 +50,7 @@ class _Mod:
 
 
 @dataclass(frozen=True, eq=False)
-class alibi(_Mod):  # noqa: N801
+class alibi(_Mod):
     """Attention with linear biases: `score + slopes[h] * (kv_idx - q_idx)`, a penalty that grows with the distance.
 
     Meant for causal attention, where `kv_idx <= q_idx`.
@@ -82,7 +82,7 @@ class alibi(_Mod):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class softcap(_Mod):  # noqa: N801
+class softcap(_Mod):
     """Soft limit of the scores to (-cap, cap): `cap * tanh(score / cap)`.
 
     Args:
@@ -102,7 +102,7 @@ class softcap(_Mod):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class relative_bias(_Mod):  # noqa: N801
+class relative_bias(_Mod):
     """A learned bias for each head and distance: `score + table[h, kv_idx - q_idx + S - 1]`.
 
     Args:

@@ -21,6 +21,7 @@ from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
 from .codegen.tiles import FULL, PARTIAL, classify
 from .layout import empty_like_strides
+from .problem import Problem
 
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, {}Tensor[] captured, Tensor[] block_mask, SymInt[] ints, "
@@ -52,16 +53,16 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    v, blocks = variant(program), (block_size[0], block_size[1])
+    blocks = (block_size[0], block_size[1])
+    problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
     if backend == "reference":
-        dense = reference.attention(query, key, value, v, captured, block_mask, ints, blocks, scale)
+        dense = reference.attention(problem)
         return (
             empty_like_strides(query, value.shape[-1]).copy_(dense.out),
             dense.lse.contiguous(),
             dense.max_scores.contiguous(),
         )
-    problem = tiled.Problem(query, key, value, captured, block_mask, ints, blocks, v, scale)
-    return tuple(tiled.forward(problem))
+    return tiled.forward(problem)
 
 
 def _backward(
@@ -81,16 +82,16 @@ def _backward(
     backend: str,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    v, blocks = variant(program), (block_size[0], block_size[1])
+    blocks = (block_size[0], block_size[1])
+    problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
     if backend != "reference":
-        problem = tiled.Problem(query, key, value, captured, block_mask, ints, blocks, v, scale)
         dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
         return dq, dk, dv, dcaptured
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+        q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
         inside = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(captured)]
-        dense = reference.attention(*leaves, v, inside, block_mask, ints, blocks, scale)
-        wrt = [*leaves, *(inside[i] for i in wanted)]
+        dense = reference.attention(problem._replace(query=q, key=k, value=v, captured=inside))
+        wrt = [q, k, v, *(inside[i] for i in wanted)]
         outputs, gradients = [dense.out], [dout]
         if dlse is not None:
             outputs, gradients = [dense.out, dense.lse], [dout, dlse]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .codegen.evaluate import TORCH_DTYPE, Inputs, evaluate
-from .codegen.pipeline import Variant
+from .problem import Problem
 
 
 class Attention(NamedTuple):
@@ -40,37 +40,26 @@ def listed_blocks(
     return dense[0], dense[1] if len(dense) > 1 else None
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    variant: Variant,
-    captured: Sequence[Tensor] = (),
-    block_mask: Sequence[Tensor] = (),
-    ints: Sequence[int] = (),
-    block_size: tuple[int, int] = (128, 128),
-    scale: float = 1.0,
-) -> Attention:
-    """Attention of `query` [B, Hq, L, E], `key` [Bkv, Hkv, S, E], `value` [Bkv, Hkv, S, Ev] under a variant.
+def attention(problem: Problem) -> Attention:
+    """Solve a problem densely.
 
-    `captured` ends with the variant's run-time floats; `block_mask` holds block lists as `BlockMask.as_tuple` orders
-    them, or nothing. A row that attends to nothing has output 0, lse and max_scores -inf, and zero gradients.
+    A row that attends to nothing has output 0, lse and max_scores -inf, and zero gradients.
     """
+    query, key, value, variant = problem.query, problem.key, problem.value, problem.variant
     B, H, L, _ = query.shape
     S, group = key.shape[2], H // key.shape[1]
     dtype = TORCH_DTYPE[variant.score_dtype]
     device = query.device
     q, k, v = (t.to(dtype) for t in (query, key, value))
     k, v = (t.repeat_interleave(group, dim=1).expand(B, -1, -1, -1) for t in (k, v))
-    scores = (q @ k.mT) * scale
+    scores = (q @ k.mT) * problem.scale
 
     # Indices of full size, so that the gradient of each loaded element can be cut where it is masked.
     axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (B, H, L, S)]
     index = [a.view([-1 if i == d else 1 for i in range(4)]).expand(B, H, L, S) for d, a in enumerate(axes)]
     named = dict(zip(("b", "h", "q_idx", "kv_idx"), index, strict=True))
-    n = len(captured) - variant.n_floats
-    inputs = Inputs(named, captured[:n], captured[n:], ints, device)
-    partial, full = listed_blocks(block_mask, block_size, L, S)
+    inputs = Inputs(named, problem.tensors, problem.floats, problem.ints, device)
+    partial, full = listed_blocks(problem.block_mask, problem.block_size, L, S)
     keep = torch.ones(B, H, L, S, dtype=torch.bool, device=device)
     if variant.mask is not None:
         (keep,) = evaluate([variant.mask], inputs)
@@ -86,7 +75,12 @@ def attention(
         return _CutGradient.apply(loaded, keep) if loaded.is_floating_point() else loaded
 
     inputs = Inputs(
-        {**named, "score": _CutGradient.apply(scores, keep)}, inputs.captured, inputs.floats, ints, device, on_load=cut
+        {**named, "score": _CutGradient.apply(scores, keep)},
+        inputs.captured,
+        inputs.floats,
+        inputs.ints,
+        device,
+        on_load=cut,
     )
     (scores,) = evaluate([variant.score], inputs)
     scores = torch.where(keep, scores, float("-inf")).expand(B, H, L, S)

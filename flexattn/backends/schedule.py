@@ -56,7 +56,7 @@ def schedule(
     """
     B, H, L, S = shape
     if not block_mask:
-        spans = (Span(0, S, False),) if S else ()
+        spans = (Span(0, S, True),) if S else ()
         tiles = tuple(Tile(q, min(q + max_rows, L), spans) for q in range(0, L, max_rows))
         return (Group(0, B, 0, H, tiles),)
     lists = [t.cpu() for t in block_mask]

@@ -21,6 +21,7 @@ from ..codegen.evaluate import TORCH_DTYPE, Inputs, Pool, evaluate
 from ..codegen.ir import Node, Op
 from ..codegen.pipeline import Variant
 from ..layout import empty_like_strides
+from ..problem import Problem
 from .schedule import MAX_TILE_ROWS, Group, Span, Tile, chunks, schedule
 
 LOG2E = 1 / math.log(2)
@@ -33,20 +34,6 @@ class Forward(NamedTuple):
     out: Tensor
     lse: Tensor
     max_scores: Tensor
-
-
-class Problem(NamedTuple):
-    """The operands of one call, as the operators receive them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    captured: Sequence[Tensor]
-    block_mask: Sequence[Tensor]
-    ints: Sequence[int]
-    block_size: tuple[int, int]
-    variant: Variant
-    scale: float
 
 
 def additive_bias(variant: Variant) -> Node | None:
@@ -169,11 +156,10 @@ class Walk:
 
     def _inputs(self, batches: slice, heads: slice, lead: Sequence[int]) -> Inputs:
         p = self.problem
-        n = len(p.captured) - self.variant.n_floats
         b = torch.arange(batches.start, batches.stop, dtype=torch.int32, device=self.device)
         h = torch.arange(heads.start, heads.stop, dtype=torch.int32, device=self.device)
         named = {"b": b.view(-1, 1, 1, 1, 1), "h": h.view(1, lead[1], lead[2], 1, 1)}
-        return Inputs(named, p.captured[:n], p.captured[n : n + self.variant.n_floats], p.ints, self.device)
+        return Inputs(named, p.tensors, p.floats, p.ints, self.device)
 
     def chunks(self, part: Part, tile: Tile) -> Iterator[Chunk]:
         """The chunks of a tile's keys, with the masks of their partial columns."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..codegen.evaluate import Inputs, evaluate, wrap_index
 from ..codegen.ir import Node
+from ..problem import Problem
 from .schedule import Tile
-from .tiled import LOG2E, Chunk, Part, Problem, Walk, merged
+from .tiled import LOG2E, Chunk, Part, Walk, merged
 
 
 class Backward(NamedTuple):

@@ -1,0 +1,47 @@
+"""One attention call, as the operators receive it and the backends solve it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .codegen.pipeline import Variant
+
+
+class Problem(NamedTuple):
+    """Operands that have been validated.
+
+    Attributes:
+        query: [B, Hq, L, E].
+        key, value: [B or 1, Hkv, S, E] and [B or 1, Hkv, S, Ev], the query's dtype.
+        captured: the variant's captured tensors, then its run-time floats as 0-d tensors.
+        block_mask: kv_num_blocks, kv_indices, and if there are full blocks full_kv_num_blocks, full_kv_indices; each
+            with a batch and head size of 1 or B and Hq. Empty: everything is in one partial block.
+        ints: the variant's run-time integers.
+        block_size: (queries, keys) of a block.
+        variant: what to compute.
+        scale: factor of the dot products.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    captured: Sequence[Tensor]
+    block_mask: Sequence[Tensor]
+    ints: Sequence[int]
+    block_size: tuple[int, int]
+    variant: Variant
+    scale: float
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The captured tensors without the run-time floats."""
+        return self.captured[: len(self.variant.captured)]
+
+    @property
+    def floats(self) -> Sequence[Tensor]:
+        """The run-time floats."""
+        n = len(self.variant.captured)
+        return self.captured[n : n + self.variant.n_floats]

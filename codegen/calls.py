@@ -149,7 +149,22 @@ def _pow(input: Node, exponent: Node) -> Node:
             "The result is no integer, and torch refuses it too.",
             "convert first, e.g. (q_idx - kv_idx).float() ** -1",
         )
+    if exponent.is_const and exponent.kind is Kind.WEAK:
+        # The exponents that torch computes by other means; the result then agrees to the last bit.
+        x = input if input.dtype.is_float or exponent.dtype.is_int else _float(input)
+        special = _POWERS.get(float(exponent.value)) if x.dtype.is_float else None  # type: ignore[arg-type]
+        if special is not None:
+            return special(x)
     return build(Op.POW, input, exponent)
+
+
+_POWERS: dict[float, Builder] = {
+    2.0: lambda x: build(Op.MUL, x, x),
+    3.0: lambda x: build(Op.MUL, build(Op.MUL, x, x), x),
+    0.5: lambda x: build(Op.SQRT, x),
+    -0.5: lambda x: build(Op.RSQRT, x),
+    -1.0: lambda x: _reciprocal(x),
+}
 
 
 def _where(condition: Node, input: Node, other: Node) -> Node:

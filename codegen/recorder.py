@@ -226,6 +226,8 @@ class Recorder(TorchFunctionMode):
         keys = [*range(len(args)), *kwargs]
         given = [*args, *kwargs.values()]
         operands = {k: self._operand(x, k) for k, x in zip(keys, given, strict=True)}
+        if name == "pow" and isinstance(given[1], float):  # an exponent is part of the program
+            operands[keys[1]] = Value((), (weak(given[1]),))
         values = {k: v for k, v in operands.items() if isinstance(v, Value)}
         ranked = any(v.shape for v in values.values())
         for k, x in zip(keys, given, strict=True):

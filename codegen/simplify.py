@@ -72,11 +72,7 @@ def _mod(n: Node) -> Node | None:
 
 
 def _pow(n: Node) -> Node | None:
-    if _is(n.rhs, 1):
-        return n.lhs
-    if _is(n.rhs, 2):
-        return apply(Op.MUL, n.lhs, n.lhs)
-    return None  # not sqrt for 0.5: sqrt(-0.0) is -0.0 and sqrt(-inf) is nan, pow says 0.0 and inf
+    return n.lhs if _is(n.rhs, 1) else None
 
 
 def _same_operands(n: Node) -> Node | None:

@@ -40,8 +40,11 @@ def listed_blocks(
     return dense[0], dense[1] if len(dense) > 1 else None
 
 
-def attention(problem: Problem) -> Attention:
+def attention(problem: Problem, products: torch.dtype | None = None) -> Attention:
     """Solve a problem densely.
+
+    `products` is the dtype of the two matrix products, by default that of the scores. With the dtype of the inputs it
+    is the plain low-precision implementation whose error is a yardstick for any other.
 
     A row that attends to nothing has output 0, lse and max_scores -inf, and zero gradients.
     """
@@ -50,9 +53,10 @@ def attention(problem: Problem) -> Attention:
     S, group = key.shape[2], H // key.shape[1]
     dtype = TORCH_DTYPE[variant.score_dtype]
     device = query.device
-    q, k, v = (t.to(dtype) for t in (query, key, value))
+    products = products or dtype
+    q, k, v = (t.to(products) for t in (query, key, value))
     k, v = (t.repeat_interleave(group, dim=1).expand(B, -1, -1, -1) for t in (k, v))
-    scores = (q @ k.mT) * problem.scale
+    scores = (q @ k.mT).to(dtype) * problem.scale
 
     # Indices of full size, so that the gradient of each loaded element can be cut where it is masked.
     axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (B, H, L, S)]
@@ -87,7 +91,7 @@ def attention(problem: Problem) -> Attention:
 
     if S == 0:
         empty = scores.sum(-1) - float("inf")
-        return Attention((scores @ v).to(query.dtype), empty, empty.detach())
+        return Attention((scores.to(products) @ v).to(query.dtype), empty, empty.detach())
     max_scores = scores.detach().amax(-1, keepdim=True)
     offset = max_scores.masked_fill(max_scores == float("-inf"), 0.0)
     weights = torch.exp(scores - offset)
@@ -95,7 +99,7 @@ def attention(problem: Problem) -> Attention:
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
     lse = torch.where(nothing, float("-inf"), offset + torch.log(total))
-    return Attention(((weights / total) @ v).to(query.dtype), lse.squeeze(-1), max_scores.squeeze(-1))
+    return Attention(((weights / total).to(products) @ v).to(query.dtype), lse.squeeze(-1), max_scores.squeeze(-1))
 
 
 class _CutGradient(torch.autograd.Function):

@@ -93,7 +93,7 @@ def _backward(
         dense = reference.attention(problem._replace(query=q, key=k, value=v, captured=inside))
         wrt = [q, k, v, *(inside[i] for i in wanted)]
         outputs, gradients = [dense.out], [dout]
-        if dlse is not None:
+        if dlse is not None and dense.lse.requires_grad:  # it does not if the mod ignores the score
             outputs, gradients = [dense.out, dense.lse], [dout, dlse]
         found = torch.autograd.grad(outputs, wrt, gradients, allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(found, wrt, strict=True)]

@@ -108,7 +108,6 @@ _FLOAT_TEMPLATES = (
     "(5.0 * torch.tanh((score + {x}) / 5.0))",
     "torch.sigmoid(score * {x})",
     "torch.where({c}, score + {x}, {x})",
-    "torch.where({c}, {x} + 0 * score, -float('inf'))",
     "(score + {x}).clamp(-2, 2.5)",
     "torch.maximum(score, {x} + 0 * score)",
     "torch.exp(-abs(score - {x}))",
@@ -136,8 +135,9 @@ def floats(depth: int = 3) -> st.SearchStrategy[str]:
 
 
 def score_mods() -> st.SearchStrategy[Mod]:
-    """Any score_mod of the grammar; half of them keep the score in an additive form."""
-    return st.one_of(floats(), floats(1).map(lambda s: f"score + {s}")).map(lambda s: Mod("score, b, h, q_idx, kv_idx", s))
+    """Any score_mod of the grammar; some add a bias, some mask by -inf."""
+    banned = st.tuples(booleans(1), floats(2)).map(lambda t: f"torch.where({t[0]}, score + {t[1]}, -float('inf'))")
+    return st.one_of(floats(), floats(1).map(lambda s: f"score + {s}"), banned).map(lambda s: Mod("score, b, h, q_idx, kv_idx", s))
 
 
 def mask_mods() -> st.SearchStrategy[Mod]:

@@ -28,6 +28,8 @@ class DType(Enum):
     FLOAT32 = "float32"
     FLOAT64 = "float64"
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is Python code, on the path of every trace
+
     @property
     def is_float(self) -> bool:
         return self in _FLOATS
@@ -108,6 +110,8 @@ class Op(Enum):
     CEIL = "ceil"
     ROUND = "round"
     TRUNC = "trunc"
+
+    __hash__ = object.__hash__
 
 
 INPUTS = ("score", "b", "h", "q_idx", "kv_idx", "grad")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from . import spec
@@ -45,6 +46,7 @@ class Printed(NamedTuple):
     ints: tuple[int, ...]
 
 
+@lru_cache(maxsize=1024)  # also keeps the nodes alive, so that tracing the same mod again finds them
 def print_program(score: Node, mask: Node | None, score_dtype: DType) -> Printed:
     """The canonical text of a variant. Unused captured tensors and numbers are dropped, the others keep their order."""
     roots = (score,) if mask is None else (score, mask)

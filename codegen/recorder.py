@@ -230,8 +230,8 @@ class Recorder(TorchFunctionMode):
             operands[keys[1]] = Value((), (weak(given[1]),))
         values = {k: v for k, v in operands.items() if isinstance(v, Value)}
         ranked = any(v.shape for v in values.values())
-        for k, x in zip(keys, given, strict=True):
-            if isinstance(operands[k], Tensor):  # a captured tensor with dimensions
+        for k, x in operands.items():
+            if isinstance(x, Tensor):  # a captured tensor with dimensions
                 if not ranked:
                     raise TraceError(
                         f"uses a captured tensor of shape {tuple(x.shape)} in `{name}` without indexing it",
@@ -239,7 +239,7 @@ class Recorder(TorchFunctionMode):
                         f"index every dimension, e.g. t[{', '.join(['b', 'h', 'q_idx', 'kv_idx'][-x.dim() :])}]",
                     )
                 values[k] = operands[k] = self._unroll(View(x, (None,) * x.dim()))
-        shape = torch.broadcast_shapes(*(v.shape for v in values.values())) if values else ()
+        shape = torch.broadcast_shapes(*(v.shape for v in values.values())) if ranked else ()
         results = []
         for position in itertools.product(*map(range, shape)):
             call = {k: _pick(values[k], position) if k in values else operands[k] for k in operands}
@@ -431,6 +431,8 @@ def _number_of(item: Any, seen: list[Any]) -> int:
 
 def _pick(value: Value, position: tuple[int, ...]) -> Node:
     """The element of a value that broadcasting puts at `position`."""
+    if not value.shape:
+        return value.nodes[0]
     flat = 0
     for size, i in zip(value.shape, position[len(position) - len(value.shape) :], strict=True):
         flat = flat * size + (i if size > 1 else 0)

@@ -1,5 +1,6 @@
 """Attention variants in a few lines of Python: traced, differentiated, block-sparse and fused."""
 
+from . import flops as _flops  # registers the FLOP formulas
 from . import masks, mods
 from .api import AuxOutput, AuxRequest, flex_attention
 from .block_mask import BlockMask, create_block_mask, create_mask

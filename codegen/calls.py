@@ -350,6 +350,7 @@ FUNCTIONS: dict[str, Builder] = {
     "ones_like": _fill(1),
     "new_zeros": _fill(0),
     "new_ones": _fill(1),
+    "new_tensor": lambda input, data, **options: _full(input, data, **options),
     "full_like": _full,
     "new_full": _full,
     "detach": lambda input: build(Op.DETACH, input),

@@ -122,8 +122,9 @@ def build(op: Op, *args: Node) -> Node:
     dtype = result_dtype(args)
     if signature.accepts == "f":
         dtype = _as_float(dtype)
-    if dtype is DType.BOOL and "b" not in signature.accepts:
-        if op in _ON_BOOL:
+    refused = op is Op.SUB and any(a.dtype is DType.BOOL for a in args)
+    if refused or (dtype is DType.BOOL and "b" not in signature.accepts):
+        if op in _ON_BOOL and not refused:
             return build(_ON_BOOL[op], *args)
         raise TraceError(
             f"applies `{op.value}` to booleans",

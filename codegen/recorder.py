@@ -154,6 +154,8 @@ class Recorder(TorchFunctionMode):
                 "A score or an index has no value while a mod is traced: the kernel evaluates a whole tile at once.",
                 "torch functions of the tensor itself, torch.where for choices",
             )
+        if name in RANDOM:
+            raise _random(name)
         if name == "__setitem__":
             raise _write(name)
         if name == "__getitem__":
@@ -175,11 +177,7 @@ class Recorder(TorchFunctionMode):
         """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
         name = getattr(func, "__name__", "")
         if name in RANDOM and not (name == "dropout" and kwargs.get("training") is False):
-            raise TraceError(
-                f"draws random numbers with `{name}`",
-                "The mod is traced once, so every score would get the same number.",
-                "draw outside and index the result: noise[b, h, q_idx, kv_idx]",
-            )
+            raise _random(name)
         writes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or canonical(name)[1]
         if writes and name != "requires_grad_" and args and isinstance(args[0], Tensor):
             root = args[0] if args[0]._base is None else args[0]._base
@@ -329,6 +327,9 @@ class Recorder(TorchFunctionMode):
         if any(i is Ellipsis for i in items):
             at = next(n for n, i in enumerate(items) if i is Ellipsis)
             items[at : at + 1] = [slice(None)] * (len(free) - len(items) + 1)
+        for item in items:
+            if item is None or isinstance(item, bool):
+                self._index(item)  # raises
         if len(items) > len(free):
             raise TraceError(
                 f"indexes a tensor of {len(free)} dimensions with {len(items)} indices",
@@ -437,6 +438,14 @@ def _pick(value: Value, position: tuple[int, ...]) -> Node:
     for size, i in zip(value.shape, position[len(position) - len(value.shape) :], strict=True):
         flat = flat * size + (i if size > 1 else 0)
     return value.nodes[flat]
+
+
+def _random(name: str) -> TraceError:
+    return TraceError(
+        f"draws random numbers with `{name}`",
+        "The mod is traced once, so every score would get the same number.",
+        "draw outside and index the result: noise[b, h, q_idx, kv_idx]",
+    )
 
 
 def _write(name: str) -> TraceError:

@@ -115,6 +115,8 @@ def _result(role: str, result: Any, recorder: Recorder) -> Node:
 
 def positional_count(mod: Callable[..., Any]) -> int | None:
     """How many positional arguments without defaults a callable takes; None if that cannot be told or it takes any."""
+    if isinstance(mod, torch.nn.Module):
+        mod = mod.forward
     code = getattr(mod, "__code__", None)
     if code is not None and inspect.isfunction(mod) and not code.co_flags & inspect.CO_VARARGS:
         return code.co_argcount - len(mod.__defaults__ or ())

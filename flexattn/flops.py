@@ -13,9 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import ops
 
 
-def visited_elements(
-    block_mask: Sequence[Tensor], block_size: Sequence[int], B: int, H: int, L: int, S: int
-) -> int:
+def visited_elements(block_mask: Sequence[Tensor], block_size: Sequence[int], B: int, H: int, L: int, S: int) -> int:
     """Score elements in listed blocks, summed over batch and heads; all of them for tensors without data."""
     if not block_mask or isinstance(block_mask[0], FakeTensor) or block_mask[0].is_meta:
         return B * H * L * S

@@ -200,18 +200,38 @@ class _Attention(torch.autograd.Function):
         return out, lse, max_scores
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> Any:
         q, k, v, out, lse, *rest = ctx.saved_tensors
         n = ctx.n_captured
         if dout is None:
             dout = torch.zeros_like(out)
         wanted = [i for i in range(n) if ctx.needs_input_grad[6 + i]]
-        dq, dk, dv, found = BACKWARD(q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
+        if torch.is_grad_enabled():  # create_graph=True
+            dq, dk, dv, *found = _Gradient.apply(n, ctx.options, wanted, q, k, v, out, lse, dout, dlse, *rest)  # type: ignore[no-untyped-call]
+        else:
+            dq, dk, dv, found = BACKWARD(q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
         captured: list[Tensor | None] = [None] * len(rest)
         for i, grad in zip(wanted, found, strict=True):
             captured[i] = grad
         return None, None, None, dq, dk, dv, *captured
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient as a function of its own that refuses to be differentiated: without it the result would be wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, n_captured: int, options: tuple[Any, ...], wanted: list[int], *tensors: Any) -> Any:
+        *operands, dlse = tensors[:7]
+        rest = tensors[7:]
+        dq, dk, dv, found = BACKWARD(*operands, dlse, rest[:n_captured], rest[n_captured:], *options, wanted)
+        return dq, dk, dv, *found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "second derivatives of flex_attention are not implemented. Call backward or grad without create_graph=True, or "
+            "detach the first gradient"
+        )
 
 
 def _autograd(

@@ -52,4 +52,6 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = "", ulps: float = 
         assert torch.equal(actual, expected), f"{name}: values differ"
         return
     epsilon = EPSILON[actual.dtype]
-    torch.testing.assert_close(actual, expected, rtol=ulps * epsilon, atol=ulps * epsilon, equal_nan=True, msg=name or None)
+    torch.testing.assert_close(
+        actual, expected, rtol=ulps * epsilon, atol=ulps * epsilon, equal_nan=True, msg=name or None
+    )

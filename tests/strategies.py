@@ -137,7 +137,9 @@ def floats(depth: int = 3) -> st.SearchStrategy[str]:
 def score_mods() -> st.SearchStrategy[Mod]:
     """Any score_mod of the grammar; some add a bias, some mask by -inf."""
     banned = st.tuples(booleans(1), floats(2)).map(lambda t: f"torch.where({t[0]}, score + {t[1]}, -float('inf'))")
-    return st.one_of(floats(), floats(1).map(lambda s: f"score + {s}"), banned).map(lambda s: Mod("score, b, h, q_idx, kv_idx", s))
+    return st.one_of(floats(), floats(1).map(lambda s: f"score + {s}"), banned).map(
+        lambda s: Mod("score, b, h, q_idx, kv_idx", s)
+    )
 
 
 def mask_mods() -> st.SearchStrategy[Mod]:

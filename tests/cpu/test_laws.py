@@ -7,6 +7,10 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from assertions import assert_same, assert_within_budget
+from hypothesis import given, settings
+from strategies import FLOATING, Mod, Shape, environment, mask_mods, score_mods, shapes
+from torch import Tensor
+
 from flexattn import ops, reference
 from flexattn.capture import block_lists
 from flexattn.codegen.derivative import derivative
@@ -16,9 +20,6 @@ from flexattn.codegen.pipeline import variant
 from flexattn.codegen.program import parse, print_program
 from flexattn.codegen.trace import trace
 from flexattn.problem import Problem
-from hypothesis import given, settings
-from strategies import FLOATING, Mod, Shape, environment, mask_mods, score_mods, shapes
-from torch import Tensor
 
 B, H, L, S = 2, 4, 13, 19
 

@@ -77,6 +77,17 @@ class Placeholder(Tensor):
     content: Value | View
     recorder: Recorder
 
+    def __repr__(self, **_: Any) -> str:  # what print() shows inside a mod
+        content = self.content
+        return (
+            f"<traced {content.nodes[0]!r}>"
+            if isinstance(content, Value)
+            else f"<part of a captured tensor {content.shape}>"
+        )
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,7 +1,10 @@
 """Attention variants in a few lines of Python: traced, differentiated, block-sparse and fused."""
 
-from . import flops as _flops  # registers the FLOP formulas
-from . import masks, mods
+from . import (
+    flops,  # noqa: F401, registers the FLOP formulas
+    masks,
+    mods,
+)
 from .api import AuxOutput, AuxRequest, flex_attention
 from .block_mask import BlockMask, create_block_mask, create_mask
 from .codegen.errors import TraceError

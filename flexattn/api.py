@@ -194,7 +194,11 @@ def flex_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+    if (
+        not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+        or tensors[0].dtype is torch.float64
+    ):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) for t in tensors)

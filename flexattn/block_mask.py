@@ -252,7 +252,7 @@ class BlockMask:
             )
         sizes = self.kv_num_blocks.shape
         picks = [_positions(i, n, d) for d, (i, n) in enumerate(zip(items, sizes, strict=False))]
-        picks += [slice(0, n) for n in sizes[len(picks) :]]
+        picks += [slice(0, n, 1) for n in sizes[len(picks) :]]
         made = self._map(partial(_take, picks=picks))
         rows, block = picks[2], self.BLOCK_SIZE[0]
         count, length = made.kv_num_blocks.shape[2], self.seq_lengths[0]

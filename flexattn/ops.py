@@ -10,6 +10,7 @@ The autograd kernel is registered by hand: `torch.library.register_autograd` cos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -87,9 +88,17 @@ def _backward(
     if backend != "reference":
         dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
         return dq, dk, dv, dcaptured
+    # On a thread of its own: an operator's kernel may run where autograd is switched off.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_reference_backward, problem, dout, dlse, wanted).result()
+
+
+def _reference_backward(
+    problem: Problem, dout: Tensor, dlse: Tensor | None, wanted: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
-        inside = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(captured)]
+        q, k, v = (t.detach().requires_grad_() for t in problem[:3])
+        inside = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(problem.captured)]
         dense = reference.attention(problem._replace(query=q, key=k, value=v, captured=inside))
         wrt = [q, k, v, *(inside[i] for i in wanted)]
         outputs, gradients = [dense.out], [dout]

@@ -1,0 +1,136 @@
+"""The registered operators: schema, fake, autograd, FLOPs; and the order of work of the tiled backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import flexattn
+from flexattn import create_block_mask, flex_attention, masks, ops
+from flexattn.backends.schedule import Span, chunks, schedule
+from flexattn.codegen.trace import trace
+
+
+def operands(requires_grad: bool) -> list[Any]:
+    q, k, v = (torch.randn(2, h, 40, 8, requires_grad=requires_grad) for h in (4, 2, 2))
+    bias = torch.randn(4, requires_grad=requires_grad)
+    program, captured, ints = trace(lambda s, b, h, i, j: s * 0.5 + bias[h] * i, masks.causal_mask)
+    lists = list(create_block_mask(masks.causal_mask, None, None, 40, 40, "cpu", 16).kv_lists())
+    return [q, k, v, captured, lists, ints, [16, 16], program, 0.3, "tiled"]
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_opcheck_of_forward(backend: str) -> None:
+    torch.library.opcheck(ops.FORWARD, (*operands(True)[:-1], backend))
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_opcheck_of_backward(backend: str) -> None:
+    arguments = [*operands(False)[:-1], backend]
+    out, lse, _ = ops.FORWARD(*arguments)
+    torch.library.opcheck(
+        ops.BACKWARD, (*arguments[:3], out, lse, torch.randn_like(out), torch.randn_like(lse), *arguments[3:], [0])
+    )
+
+
+def test_opcheck_of_block_mask() -> None:
+    program, captured, ints = trace(None, masks.document_mask(torch.arange(40) // 7))
+    torch.library.opcheck(
+        torch.ops.flexattn.block_mask.default, (captured, ints, program, [1, 2, 40, 40], [16, 8], torch.empty(0))
+    )
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q = torch.empty(2, 4, 40, 8, device="meta")
+    with pytest.warns(UserWarning, match="runs on meta by torch operators"):
+        assert flex_attention(q, q, q[..., :5]).shape == (2, 4, 40, 5)
+
+
+def test_flops_are_those_of_the_visited_blocks() -> None:
+    q, k, v = (torch.randn(2, 4, 40, 8, requires_grad=True) for _ in range(3))
+    mask = create_block_mask(masks.causal_mask, None, None, 40, 40, "cpu", 16)
+    area = 2 * 4 * (16 * 16 + 16 * 32 + 8 * 40)
+    with FlopCounterMode(display=False) as counter:
+        flex_attention(q, k, v, block_mask=mask).sum().backward()
+    assert counter.get_total_flops() == 2 * area * (8 + 8) + 2 * area * 5 * 8
+    with FlopCounterMode(display=False) as counter:
+        flex_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 40 * 40 * 16
+
+
+# ---- schedule
+
+
+def lists_of(mask: Any, B: int | None, H: int | None, n: int = 64) -> list[Tensor]:
+    return list(create_block_mask(mask, B, H, n, n, "cpu", 16).kv_lists())
+
+
+def test_equal_rows_are_joined_and_adjacent_blocks_make_one_span() -> None:
+    (group,) = schedule(lists_of(masks.chunked(32), None, None), (16, 16), (2, 4, 64, 64), 512)
+    assert [(t.start, t.stop, t.spans) for t in group.tiles] == [
+        (0, 32, (Span(0, 32, False),)),
+        (32, 64, (Span(32, 64, False),)),
+    ]
+    (group,) = schedule(lists_of(masks.causal_mask, None, None), (16, 16), (1, 1, 64, 64), 512)
+    assert group.tiles[2].spans == (Span(0, 32, False), Span(32, 48, True))
+
+
+def test_equal_heads_and_batches_share_a_group() -> None:
+    assert len(schedule(lists_of(masks.causal_mask, 2, 4), (16, 16), (2, 4, 64, 64), 512)) == 1
+    by_batch = lambda b, h, i, j: i >= j + 16 * b
+    assert len(schedule(lists_of(by_batch, 2, 4), (16, 16), (2, 4, 64, 64), 512)) == 2
+    assert len(schedule(lists_of(lambda b, h, i, j: i >= j + 16 * h, 2, 4), (16, 16), (2, 4, 64, 64), 512)) == 4
+
+
+def test_every_listed_element_is_scheduled_exactly_once() -> None:
+    mask = lambda b, h, i, j: ((i // 16 + j // 16 + b) % 3 == 0) | (i // 16 == 1 + h)
+    lists = lists_of(mask, 2, 3)
+    visits = torch.zeros(2, 3, 64, 64, dtype=torch.int32)
+    for group in schedule(lists, (16, 16), (2, 3, 64, 64), 32):
+        for tile in group.tiles:
+            for part in chunks(tile.spans, 24):
+                assert sum(s.stop - s.start for s in part) <= 24
+                for s in part:
+                    where = (slice(group.batch_start, group.batch_stop), slice(group.head_start, group.head_stop))
+                    visits[where][:, :, tile.start : tile.stop, s.start : s.stop] += 1
+    expected = create_block_mask(mask, 2, 3, 64, 64, "cpu", 16).to_dense()
+    assert torch.equal(visits, expected.repeat_interleave(16, 2).repeat_interleave(16, 3))
+
+
+def test_full_blocks_never_evaluate_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexattn.backends import tiled
+
+    seen = []
+    original = tiled.evaluate
+
+    def watched(nodes: Any, inputs: Any, pool: Any = None) -> Any:
+        seen.append((tuple(inputs.named["q_idx"].flatten().tolist()), tuple(inputs.named["kv_idx"].tolist())))
+        return original(nodes, inputs, pool)
+
+    monkeypatch.setattr(tiled, "evaluate", watched)
+    q = torch.randn(1, 1, 64, 8)
+    mask = create_block_mask(masks.causal_mask, None, None, 64, 64, "cpu", 16)
+    flex_attention(q, q, q, block_mask=mask)
+    assert seen == [(tuple(range(i, i + 16)),) * 2 for i in range(0, 64, 16)]  # the diagonal, nothing else
+
+
+def test_explain_prints_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    slopes = torch.ones(4)
+    report = flexattn.explain(
+        lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx), masks.causal_mask
+    )
+    printed = capsys.readouterr().out
+    assert str(report) in printed
+    assert "score' = score + (kv_idx - q_idx) * slopes[h]" in report.formula
+    assert "keep = q_idx >= kv_idx" in report.formula
+    assert report.derivative == "d score = grad\nd slopes[h] = grad * (kv_idx - q_idx)"
+    assert "captured c0 float32 1" in report.program
+    assert report.captured == ("c0: slopes, float32 [4]",)
+    flexattn.explain(mask_mod=masks.causal_mask, quiet=True)
+    assert capsys.readouterr().out == ""
+    cap = flexattn.explain(flexattn.mods.softcap(30.0), quiet=True)
+    assert cap.formula == "score' = tanh(score / 30) * 30"

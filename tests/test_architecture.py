@@ -79,7 +79,7 @@ def test_a_file_opens_with_its_purpose_and_stays_small(path: Path) -> None:
 
 
 # Tables and one class that is a drop-in for a larger one.
-LONGEST = {"recorder.py": 460, "block_mask.py": 520, "masks.py": 400, "calls.py": 420}
+LONGEST = {"recorder.py": 480, "block_mask.py": 520, "masks.py": 400, "calls.py": 420}
 
 
 def test_every_public_name_has_a_docstring() -> None:

@@ -82,7 +82,7 @@ def test_impossible_parameters_are_refused(make: Any, message: str) -> None:
 
 @pytest.mark.parametrize("combine", [and_masks, or_masks, not_mask, mods.compose])
 def test_combining_what_cannot_be_called_is_refused(combine: Any) -> None:
-    with pytest.raises(TypeError, match="takes .* functions"):
+    with pytest.raises(TypeError, match=r"takes .* functions"):
         combine(torch.ones(3, 3))
 
 

@@ -1,33 +1,83 @@
-"""Strict defaults for every test: fixed seeds, few threads, reproducible examples."""
+"""Strict defaults for every test: fixed seeds and threads, reproducible examples, nothing left behind in torch."""
 
 from __future__ import annotations
 
 import os
+import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+# Read when torch is imported. One thread and no pool of compile workers: the processes of pytest-xdist are enough.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile(
-    "ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True, max_examples=60
-)
+import flexattn
+import flexattn.codegen
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU = "needs a CUDA device: run it on a machine that has one, with a CUDA build of torch"
+
+settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, max_examples=60)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+class TorchRandom:
+    """torch's generator as hypothesis wants it, so that an example sees the same numbers each time it is run."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference only
+hypothesis.register_random(TORCH_RANDOM)
+
+
+def pytest_configure() -> None:
+    """Refuse to test a mixture: ./flexattn of one checkout with the codegen that another one installed."""
+    package, codegen = (Path(m.__path__[0]).resolve() for m in (flexattn, flexattn.codegen))
+    if codegen not in (package / "codegen", package.parent / "codegen"):
+        raise pytest.UsageError(
+            f"flexattn is {package}, but flexattn.codegen is {codegen}: another checkout is installed in this "
+            f"environment. Install this one: {sys.executable} -m pip install --no-deps -e {ROOT}"
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/gpu is marked `gpu`; what is marked so is skipped where there is none."""
+    for item in items:
+        if ROOT / "tests" / "gpu" in item.path.parents:
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
+    random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    before = _torch_state()
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # compiled code and its recompilation counts
+        torch._dynamo.reset()
+    assert _torch_state() == before, "the test leaves torch in another state, and the next one would run in it"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; run it on a machine that has one")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+def _torch_state() -> dict[str, object]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }

@@ -77,7 +77,7 @@ class Placeholder(Tensor):
     content: Value | View
     recorder: Recorder
 
-    def __repr__(self, **_: Any) -> str:  # what print() shows inside a mod
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # what print() shows inside a mod
         content = self.content
         return (
             f"<traced {content.nodes[0]!r}>"

@@ -112,21 +112,21 @@ class Problem:
 
 
 def check(problem: Problem, run: Callable[..., Tensor], name: str) -> None:
-    """Each timed result lies within a small multiple of its dtype's rounding of float64."""
+    """Each timed result lies within a small multiple of its dtype's rounding of float64, on two heads and 256 rows."""
+    rows = slice(problem.S // 2, problem.S // 2 + 256)
     q, k, v = (t[:, :2].double() for t in problem.tensors)
-    bias = problem.bias()
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    if bias is not None:
-        if bias.is_floating_point():
-            distance = torch.arange(problem.S) - torch.arange(problem.S).view(-1, 1)
-            scores = scores + problem.slopes[:2].double().view(-1, 1, 1) * distance
-        else:
-            scores = scores.masked_fill(~bias, -math.inf)
+    scores = q[:, :, rows] @ k.mT / math.sqrt(q.shape[-1])
+    if problem.case == "alibi":
+        distance = torch.arange(problem.S) - torch.arange(problem.S).view(-1, 1)
+        scores = scores + problem.slopes[:2].double().view(-1, 1, 1) * distance[rows]
+    elif (keep := problem.bias()) is not None:
+        scores = scores.masked_fill(~keep[rows], -math.inf)
     exact = torch.softmax(scores, -1) @ v
-    error = (run(*problem.tensors)[:, :2].double() - exact).abs().max().item()
-    # SDPA and dense take the bias in the input's dtype: rounding distances of thousands costs them accuracy.
-    own = name in ("flexattn", "torch_flex")
-    limit = 8 * torch.finfo(problem.tensors[0].dtype).eps * (1 if own or problem.case != "alibi" else 100)
+    error = (run(*problem.tensors)[:, :2, rows].double() - exact).abs().max().item()
+    # exp turns an error of a score into a relative error of its weight; SDPA and dense hold a bias in the input's dtype.
+    held = torch.float32 if name in ("flexattn", "torch_flex") else problem.tensors[0].dtype
+    magnitude = scores[scores.isfinite()].abs().max().item()
+    limit = 8 * (torch.finfo(problem.tensors[0].dtype).eps + torch.finfo(held).eps * magnitude)
     if error > limit:
         raise SystemExit(f"{name} is wrong on {problem.case}: error {error:.2e}, allowed {limit:.2e}")
 
@@ -244,7 +244,7 @@ def report(records: list[Record], memory: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="float32, the first shape, two rounds")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES)
     parser.add_argument("--json", type=Path, help="also write the records here")
     arguments = parser.parse_args()

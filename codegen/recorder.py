@@ -11,19 +11,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .calls import FUNCTIONS, RANDOM, canonical, weak
+from .calls import FUNCTIONS, weak
 from .errors import TraceError
 from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
-from .promotion import build, cast, current_default_float
+from .promotion import cast, current_default_float
+from .refusals import random_number, unsupported, write
 from .spec import load
+from .spellings import RANDOM, canonical
+from .values import Value, View, fold, known, number_of, pick
 
 MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the kernel
 
@@ -52,32 +54,13 @@ _QUERIES = frozenset(
 )
 
 
-class Value(NamedTuple):
-    """Scalars in row-major order; `shape` is () for one."""
-
-    shape: tuple[int, ...]
-    nodes: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """A captured tensor, partly indexed: one slot a dimension, None where it is still whole."""
-
-    base: Tensor
-    slots: tuple[Node | None, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(n for n, slot in zip(self.base.shape, self.slots, strict=True) if slot is None)
-
-
 class Placeholder(Tensor):
     """Stands for a score, an index or anything computed from them, while a mod is traced."""
 
     content: Value | View
     recorder: Recorder
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # what print() shows inside a mod
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # what print() shows inside a mod
         content = self.content
         return (
             f"<traced {content.nodes[0]!r}>"
@@ -98,15 +81,7 @@ class Placeholder(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise _unsupported(str(func))
-
-
-def _unsupported(name: str) -> TraceError:
-    return TraceError(
-        f"calls `{name}`, which has no counterpart in a kernel",
-        "Mods may use elementwise torch functions, indexing of captured tensors and small reductions of captured rows.",
-        "an expression of supported functions (docs/writing-mods.md lists them)",
-    )
+        raise unsupported(str(func))
 
 
 def _find_placeholder(item: Any) -> Placeholder | None:
@@ -166,20 +141,20 @@ class Recorder(TorchFunctionMode):
                 "torch functions of the tensor itself, torch.where for choices",
             )
         if name in RANDOM:
-            raise _random(name)
+            raise random_number(name)
         if name == "__setitem__":
-            raise _write(name)
+            raise write(name)
         if name == "__getitem__":
             return self._getitem(*args)
         if name in ("__iter__", "unbind"):
             return self._iterate(args[0])
         name, in_place = canonical(name)
         if in_place and not isinstance(args[0], Placeholder):
-            raise _write(name)
+            raise write(name)
         result = self._compute(func, name, args, kwargs)
         if in_place:
             if not isinstance(args[0].content, Value):
-                raise _write(name)
+                raise write(name)
             args[0].content = result
             return args[0]
         return self.placeholder(result)
@@ -188,12 +163,12 @@ class Recorder(TorchFunctionMode):
         """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
         name = getattr(func, "__name__", "")
         if name in RANDOM and not (name == "dropout" and kwargs.get("training") is False):
-            raise _random(name)
+            raise random_number(name)
         writes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or canonical(name)[1]
         if writes and name != "requires_grad_" and args and isinstance(args[0], Tensor):
             root = args[0] if args[0]._base is None else args[0]._base
             if id(root) not in self._own:
-                raise _write(name)
+                raise write(name)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._own[id(result)] = result
@@ -204,7 +179,7 @@ class Recorder(TorchFunctionMode):
         if attribute in ("T", "mT", "data"):
             return args[0]
         if attribute not in _ATTRIBUTES:
-            raise _unsupported(f".{attribute or 'an attribute assignment'}")
+            raise unsupported(f".{attribute or 'an attribute assignment'}")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args)
 
@@ -217,13 +192,13 @@ class Recorder(TorchFunctionMode):
             name = "maximum" if name == "max" else "minimum"
         if name in ("matmul", "dot", "inner"):
             products = self._elementwise(FUNCTIONS["mul"], name, args, {})
-            return self._fold("sum", products)
+            return fold("sum", products)
         if name in _SHAPE_ONLY:
             value = self._value(args[0])
             if value.shape == ():
                 return value
         if name not in FUNCTIONS:
-            raise _unsupported(getattr(func, "__name__", str(func)))
+            raise unsupported(getattr(func, "__name__", str(func)))
         kwargs.pop("inplace", None)
         return self._elementwise(FUNCTIONS[name], name, args, kwargs)
 
@@ -251,7 +226,7 @@ class Recorder(TorchFunctionMode):
         shape = torch.broadcast_shapes(*(v.shape for v in values.values())) if ranked else ()
         results = []
         for position in itertools.product(*map(range, shape)):
-            call = {k: _pick(values[k], position) if k in values else operands[k] for k in operands}
+            call = {k: pick(values[k], position) if k in values else operands[k] for k in operands}
             positional = [call[i] for i in range(len(args))]
             try:
                 results.append(builder(*positional, **{k: call[k] for k in kwargs}))
@@ -280,7 +255,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(item, (bool, int)):
             return weak(item)
         if isinstance(item, torch.SymInt):
-            return Node(Op.INT, (), DType.INT64, Kind.WEAK, _number_of(item, self.ints))
+            return Node(Op.INT, (), DType.INT64, Kind.WEAK, number_of(item, self.ints))
         if isinstance(item, torch.SymFloat):
             # A multiplication is what Inductor can turn back into a graph input.
             self.floats.append(torch.ones((), dtype=torch.float64) * item)  # type: ignore[operator]
@@ -356,7 +331,7 @@ class Recorder(TorchFunctionMode):
             else:
                 slots[dim] = self._index(item)
         view = View(base, tuple(slots))
-        return self.placeholder(view) if view.shape else self.scalar(load(self._capture(base), *_known(view.slots)))
+        return self.placeholder(view) if view.shape else self.scalar(load(self._capture(base), *known(view.slots)))
 
     def _index(self, item: Any) -> Node:
         node = None
@@ -412,56 +387,4 @@ class Recorder(TorchFunctionMode):
             )
         if value.shape == () and name in ("max", "min"):
             return value
-        return self._fold({"max": "amax", "min": "amin"}.get(name, name), value)
-
-    def _fold(self, name: str, value: Value) -> Value:
-        function = {"mean": "add", "sum": "add", "prod": "mul", "amax": "maximum", "amin": "minimum"}.get(name)
-        nodes = list(value.nodes)
-        if name in ("sum", "prod") and not nodes[0].dtype.is_float:
-            nodes = [cast(n, DType.INT64) for n in nodes]
-        if name in ("any", "all"):
-            function = "logical_or" if name == "any" else "logical_and"
-            nodes = [FUNCTIONS["bool"](n) for n in nodes]
-        assert function is not None
-        total = nodes[0]
-        for node in nodes[1:]:
-            total = FUNCTIONS[function](total, node)
-        return Value((), (build(Op.DIV, total, weak(len(nodes))) if name == "mean" else total,))
-
-
-def _known(slots: Sequence[Node | None]) -> list[Node]:
-    return [s for s in slots if s is not None]
-
-
-def _number_of(item: Any, seen: list[Any]) -> int:
-    for number, other in enumerate(seen):
-        if other is item:
-            return number
-    seen.append(item)
-    return len(seen) - 1
-
-
-def _pick(value: Value, position: tuple[int, ...]) -> Node:
-    """The element of a value that broadcasting puts at `position`."""
-    if not value.shape:
-        return value.nodes[0]
-    flat = 0
-    for size, i in zip(value.shape, position[len(position) - len(value.shape) :], strict=True):
-        flat = flat * size + (i if size > 1 else 0)
-    return value.nodes[flat]
-
-
-def _random(name: str) -> TraceError:
-    return TraceError(
-        f"draws random numbers with `{name}`",
-        "The mod is traced once, so every score would get the same number.",
-        "draw outside and index the result: noise[b, h, q_idx, kv_idx]",
-    )
-
-
-def _write(name: str) -> TraceError:
-    return TraceError(
-        f"writes to a captured tensor with `{name}`",
-        "The kernel runs for all elements at once and in no order, so a write has no defined result.",
-        "a new value: x = t[h] + 1, and updates outside the mod",
-    )
+        return fold({"max": "amax", "min": "amin"}.get(name, name), value)

@@ -6,8 +6,9 @@ from . import (
     mods,
 )
 from .api import AuxOutput, AuxRequest, flex_attention
-from .block_mask import BlockMask, create_block_mask, create_mask
+from .block_mask import BlockMask
 from .codegen.errors import TraceError
+from .create import create_block_mask, create_mask
 from .debug import debug_mode
 from .explain import Explanation, explain
 from .masks import and_masks, noop_mask, not_mask, or_masks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,11 +11,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from . import capture
+from .block_lists import block_size, check_lists, dense, last, positions, take
 from .block_mask_text import picture
-from .codegen.evaluate import Inputs, evaluate
-from .codegen.pipeline import variant
-from .codegen.trace import positional_count, trace
 from .masks import ShiftedMask, noop_mask
 
 MaskMod = Callable[..., Tensor]
@@ -116,7 +113,7 @@ class BlockMask:
             >>> diagonal.to_dense().tolist()
             [[[[1, 0], [0, 1]]]]
         """
-        size = _block_size(BLOCK_SIZE)
+        size = block_size(BLOCK_SIZE)
         if (full_kv_num_blocks is None) != (full_kv_indices is None):
             raise ValueError("full_kv_num_blocks and full_kv_indices belong together; give both or neither")
         pairs = [("kv", kv_num_blocks, kv_indices)]
@@ -144,7 +141,7 @@ class BlockMask:
             and type(lists[0]) in (Tensor, torch.nn.Parameter)
             and not lists[0].is_meta
         ):
-            _check_lists(lists, -(-lengths[1] // size[1]))
+            check_lists(lists, -(-lengths[1] // size[1]))
         full_count, full_index = (lists[2], lists[3]) if len(lists) > 2 else (None, None)
         return cls(lengths, lists[0], lists[1], full_count, full_index, size, mask_mod)
 
@@ -210,10 +207,7 @@ class BlockMask:
         return -(-self.seq_lengths[0] // self.BLOCK_SIZE[0]), -(-self.seq_lengths[1] // self.BLOCK_SIZE[1])
 
     def _dense(self, count: Tensor, index: Tensor) -> Tensor:
-        columns = self._grid()[1]
-        dense = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=count.device)
-        used = torch.arange(index.shape[-1], device=count.device) < count.unsqueeze(-1)
-        return dense.scatter_(-1, torch.where(used, index, columns).long(), True)[..., :columns]
+        return dense(count, index, self._grid()[1])
 
     def to_dense(self) -> Tensor:
         """[B, H, rows, columns] int32: 1 where a block is listed, partial or full."""
@@ -251,12 +245,12 @@ class BlockMask:
                 f"a block mask has 3 dimensions to index (batch, heads, rows of query blocks), got {len(items)}"
             )
         sizes = self.kv_num_blocks.shape
-        picks = [_positions(i, n, d) for d, (i, n) in enumerate(zip(items, sizes, strict=False))]
+        picks = [positions(i, n, d) for d, (i, n) in enumerate(zip(items, sizes, strict=False))]
         picks += [slice(0, n, 1) for n in sizes[len(picks) :]]
-        made = self._map(partial(_take, picks=picks))
+        made = self._map(partial(take, picks=picks))
         rows, block = picks[2], self.BLOCK_SIZE[0]
         count, length = made.kv_num_blocks.shape[2], self.seq_lengths[0]
-        ends_short = length % block and count and _last(rows) == sizes[2] - 1
+        ends_short = length % block and count and last(rows) == sizes[2] - 1
         made.seq_lengths = (count * block - (block - length % block if ends_short else 0), self.seq_lengths[1])
         if length % block and not isinstance(rows, slice) and bool((rows[:-1] == sizes[2] - 1).any()):
             raise IndexError(
@@ -324,75 +318,6 @@ class BlockMask:
         )
 
 
-def _take(lists: Tensor, picks: Sequence[slice | Tensor]) -> Tensor:
-    for dim, pick in enumerate(picks):
-        lists = lists[(slice(None),) * dim + (pick,)]
-    return lists.contiguous()
-
-
-def _last(pick: slice | Tensor) -> int:
-    if isinstance(pick, slice):
-        return range(pick.start, pick.stop, pick.step or 1)[-1]
-    return int(pick[-1])
-
-
-def _positions(item: Any, size: int, dim: int) -> slice | Tensor:
-    """An index of one dimension, as a slice with known ends or a tensor of non-negative positions."""
-    what = ("batch", "heads", "rows of query blocks")[dim]
-    if isinstance(item, slice):
-        start, stop, step = item.indices(size)
-        if step < 0:
-            return torch.arange(start, stop, step)
-        return slice(start, max(start, stop), step)
-    if isinstance(item, int) and not isinstance(item, bool):
-        if not -size <= item < size:
-            raise IndexError(f"index {item} is out of range for {what} of size {size}")
-        return slice(item % size, item % size + 1, 1)
-    if isinstance(item, (list, tuple)):
-        item = torch.tensor(item)
-    if isinstance(item, Tensor) and not item.is_floating_point() and item.dtype is not torch.bool and item.dim() <= 1:
-        item = item.reshape(-1).long()
-        if item.numel() and not bool(((item >= -size) & (item < size)).all()):
-            raise IndexError(f"indices {item.tolist()} are out of range for {what} of size {size}")
-        return torch.where(item < 0, item + size, item)
-    raise IndexError(f"{what} cannot be indexed with {item!r}; use an int, a slice or a 1-d tensor of positions")
-
-
-def _block_size(size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ValueError(f"BLOCK_SIZE is {size!r}; it must be a positive int or a pair of them, (queries, keys)")
-    return pair[0], pair[1]
-
-
-def _check_lists(lists: Sequence[Tensor], columns: int) -> None:
-    """Raise `ValueError` for a row that lists a block twice or outside the mask."""
-    seen = []
-    for count, index in zip(lists[0::2], lists[1::2], strict=True):
-        if bool(((count < 0) | (count > index.shape[-1])).any()):
-            raise ValueError(
-                f"a row counts between 0 and {index.shape[-1]} blocks, the width of its list; got {count.tolist()}"
-            )
-        used = torch.arange(index.shape[-1], device=count.device) < count.unsqueeze(-1)
-        wrong = used & ((index < 0) | (index >= columns))
-        if bool(wrong.any()):
-            b, h, row, i = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"row {row} (batch {b}, head {h}) lists key block {int(index[b, h, row, i])}; there are {columns} key blocks"
-            )
-        seen.append(torch.where(used, index, columns + torch.arange(index.shape[-1], device=count.device)))
-    offset = seen[0].shape[-1]
-    joined = torch.cat([s if i == 0 else torch.where(s >= columns, s + offset, s) for i, s in enumerate(seen)], -1)
-    joined = joined.sort(-1).values
-    twice = (joined[..., 1:] == joined[..., :-1]).nonzero()
-    if len(twice):
-        b, h, row, i = twice[0].tolist()
-        raise ValueError(
-            f"row {row} (batch {b}, head {h}) lists key block {int(joined[b, h, row, i])} twice; a block is partial, full or "
-            "not listed"
-        )
-
-
 class _Context(NamedTuple):
     seq_lengths: tuple[int, int]
     block_size: tuple[int, int]
@@ -420,91 +345,3 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="flexattn.BlockMask",
 )
-
-
-def create_block_mask(
-    mask_mod: MaskMod,
-    B: int | None,
-    H: int | None,
-    Q_LEN: int,
-    KV_LEN: int,
-    device: torch.device | str | None = None,
-    BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
-    _compile: bool = False,
-    separate_full_blocks: bool = True,
-    compute_dq_write_order: bool = False,
-    dq_kv_order: bool = True,
-) -> BlockMask:
-    """The block mask of a mask function.
-
-    The mask is evaluated a bounded number of elements at a time; memory does not grow with Q_LEN * KV_LEN.
-
-    Args:
-        mask_mod: function `(b, h, q_idx, kv_idx) -> bool` of scalars, True = attend.
-        B, H: batch and heads, or None where the mask is the same for all.
-        Q_LEN, KV_LEN: lengths; they need not be multiples of the block size.
-        device: where the lists live. Default: the current accelerator, else the CPU.
-        BLOCK_SIZE: an int, or (queries, keys).
-        separate_full_blocks: list full blocks apart, so that their elements are not masked.
-        _compile, compute_dq_write_order, dq_kv_order: accepted for PyTorch's sake; without effect.
-
-    Raises:
-        TraceError: for a mask that cannot be traced, takes five arguments, or does not return a bool.
-        ValueError: for sizes that are not sizes.
-
-    Example:
-        >>> import flexattn
-        >>> mask = flexattn.create_block_mask(flexattn.masks.causal_mask, None, None, 256, 256)
-        >>> mask.kv_num_blocks.tolist(), mask.full_kv_num_blocks.tolist()
-        ([[[1, 1]]], [[[0, 1]]])
-    """
-    size = _block_size(BLOCK_SIZE)
-    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
-    for name, n in zip(("B", "H", "Q_LEN", "KV_LEN"), shape, strict=True):
-        if not isinstance(n, (int, torch.SymInt)) or n < 0:
-            raise ValueError(f"{name} is {n!r}; it must be a size" + (" or None" if name in "BH" else ""))
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
-    lists = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device))
-    if not separate_full_blocks:
-        both = BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod).to_dense()
-        order = torch.argsort(both, dim=-1, descending=True, stable=True).to(torch.int32)
-        return BlockMask((Q_LEN, KV_LEN), both.sum(-1, dtype=torch.int32), order, None, None, size, mask_mod)
-    return BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod)
-
-
-def create_mask(
-    mod_fn: Callable[..., Tensor],
-    B: int | None,
-    H: int | None,
-    Q_LEN: int,
-    KV_LEN: int,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """The dense [B, H, Q_LEN, KV_LEN] values of a mod: bool for a mask_mod; for a score_mod, float32 scores from zeros.
-
-    Which of the two it is, the number of its arguments tells: four or five. B and H of None are 1.
-
-    Example:
-        >>> import flexattn
-        >>> flexattn.create_mask(flexattn.masks.causal_mask, None, None, 2, 3).int().tolist()
-        [[[[1, 0, 0], [1, 1, 0]]]]
-    """
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
-    device = torch.device(device)
-    is_score = positional_count(mod_fn) == 5
-    program, captured, ints = trace(mod_fn if is_score else None, None if is_score else mod_fn, device=device)
-    parsed = variant(program)
-    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
-    named = {
-        name: torch.arange(n, dtype=torch.int32, device=device).view([-1 if i == d else 1 for i in range(4)])
-        for d, (name, n) in enumerate(zip(("b", "h", "q_idx", "kv_idx"), shape, strict=True))
-    }
-    named["score"] = torch.zeros((), dtype=torch.float32, device=device)
-    n = len(captured) - parsed.n_floats
-    if not is_score and parsed.mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    root = parsed.score if is_score or parsed.mask is None else parsed.mask
-    (values,) = evaluate([root], Inputs(named, captured[:n], captured[n:], ints, device))
-    return values.expand(shape).contiguous()

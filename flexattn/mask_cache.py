@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask, create_block_mask
+from .block_mask import BlockMask
 from .codegen.pipeline import variant
 from .codegen.trace import trace
+from .create import create_block_mask
 
 CAPACITY = 64
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .block_lists import dense
 from .codegen.evaluate import TORCH_DTYPE, Inputs, evaluate
 from .problem import Problem
 
@@ -29,15 +30,12 @@ def listed_blocks(
     """Elements in partial and in full blocks, bool [B', H', L, S]; None for "all of them" and "none of them"."""
     if not block_mask:
         return None, None
-    dense = []
+    elements = []
     for count, index in zip(block_mask[0::2], block_mask[1::2], strict=True):
-        columns = -(-S // block_size[1])
-        blocks = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=count.device)
-        used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-        blocks.scatter_(-1, torch.where(used, index, columns).long(), True)
-        elements = blocks[..., :columns].repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
-        dense.append(elements[..., :L, :S])
-    return dense[0], dense[1] if len(dense) > 1 else None
+        blocks = dense(count, index, -(-S // block_size[1]))
+        blocks = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
+        elements.append(blocks[..., :L, :S])
+    return elements[0], elements[1] if len(elements) > 1 else None
 
 
 def attention(problem: Problem, products: torch.dtype | None = None) -> Attention:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexattn.codegen.calls import FUNCTIONS, canonical
+from flexattn.codegen.calls import FUNCTIONS
 from flexattn.codegen.errors import TraceError
 from flexattn.codegen.evaluate import Inputs, evaluate
 from flexattn.codegen.pipeline import variant
+from flexattn.codegen.spellings import canonical
 from flexattn.codegen.trace import positional_count, trace
 
 slopes = torch.tensor([0.5, 0.25])

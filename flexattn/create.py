@@ -1,0 +1,105 @@
+"""From a mask function to its block mask, or to its dense values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import capture
+from .block_lists import block_size
+from .block_mask import DEFAULT_BLOCK_SIZE, BlockMask
+from .codegen.evaluate import Inputs, evaluate
+from .codegen.pipeline import variant
+from .codegen.trace import positional_count, trace
+
+MaskMod = Callable[..., Tensor]
+
+
+def create_block_mask(
+    mask_mod: MaskMod,
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    device: torch.device | str | None = None,
+    BLOCK_SIZE: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    _compile: bool = False,
+    separate_full_blocks: bool = True,
+    compute_dq_write_order: bool = False,
+    dq_kv_order: bool = True,
+) -> BlockMask:
+    """The block mask of a mask function.
+
+    The mask is evaluated a bounded number of elements at a time; memory does not grow with Q_LEN * KV_LEN.
+
+    Args:
+        mask_mod: function `(b, h, q_idx, kv_idx) -> bool` of scalars, True = attend.
+        B, H: batch and heads, or None where the mask is the same for all.
+        Q_LEN, KV_LEN: lengths; they need not be multiples of the block size.
+        device: where the lists live. Default: the current accelerator, else the CPU.
+        BLOCK_SIZE: an int, or (queries, keys).
+        separate_full_blocks: list full blocks apart, so that their elements are not masked.
+        _compile, compute_dq_write_order, dq_kv_order: accepted for PyTorch's sake; without effect.
+
+    Raises:
+        TraceError: for a mask that cannot be traced, takes five arguments, or does not return a bool.
+        ValueError: for sizes that are not sizes.
+
+    Example:
+        >>> import flexattn
+        >>> mask = flexattn.create_block_mask(flexattn.masks.causal_mask, None, None, 256, 256)
+        >>> mask.kv_num_blocks.tolist(), mask.full_kv_num_blocks.tolist()
+        ([[[1, 1]]], [[[0, 1]]])
+    """
+    size = block_size(BLOCK_SIZE)
+    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
+    for name, n in zip(("B", "H", "Q_LEN", "KV_LEN"), shape, strict=True):
+        if not isinstance(n, (int, torch.SymInt)) or n < 0:
+            raise ValueError(f"{name} is {n!r}; it must be a size" + (" or None" if name in "BH" else ""))
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    lists = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device))
+    if not separate_full_blocks:
+        both = BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod).to_dense()
+        order = torch.argsort(both, dim=-1, descending=True, stable=True).to(torch.int32)
+        return BlockMask((Q_LEN, KV_LEN), both.sum(-1, dtype=torch.int32), order, None, None, size, mask_mod)
+    return BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod)
+
+
+def create_mask(
+    mod_fn: Callable[..., Tensor],
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The dense [B, H, Q_LEN, KV_LEN] values of a mod: bool for a mask_mod; for a score_mod, float32 scores from zeros.
+
+    Which of the two it is, the number of its arguments tells: four or five. B and H of None are 1.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.causal_mask, None, None, 2, 3).int().tolist()
+        [[[[1, 0, 0], [1, 1, 0]]]]
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.device(device)
+    is_score = positional_count(mod_fn) == 5
+    program, captured, ints = trace(mod_fn if is_score else None, None if is_score else mod_fn, device=device)
+    parsed = variant(program)
+    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
+    named = {
+        name: torch.arange(n, dtype=torch.int32, device=device).view([-1 if i == d else 1 for i in range(4)])
+        for d, (name, n) in enumerate(zip(("b", "h", "q_idx", "kv_idx"), shape, strict=True))
+    }
+    named["score"] = torch.zeros((), dtype=torch.float32, device=device)
+    n = len(captured) - parsed.n_floats
+    if not is_score and parsed.mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    root = parsed.score if is_score or parsed.mask is None else parsed.mask
+    (values,) = evaluate([root], Inputs(named, captured[:n], captured[n:], ints, device))
+    return values.expand(shape).contiguous()

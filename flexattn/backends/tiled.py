@@ -26,6 +26,7 @@ from .schedule import MAX_TILE_ROWS, Group, Span, Tile, chunks, schedule
 
 LOG2E = 1 / math.log(2)
 TILE_ELEMENTS = 1 << 19  # scores held at a time: with two buffers of fp32 they stay in a core's share of the cache
+MIN_WIDTH = 256  # keys; narrower products run far below the processor's rate
 
 
 class Forward(NamedTuple):
@@ -152,7 +153,7 @@ class Walk:
     def width(self, tile: Tile) -> int:
         """Keys of a matrix product: short tiles take wider chunks."""
         rows = max(1, (tile.stop - tile.start) * self.group_size)
-        return min(1024 if rows >= 128 else 1 << 14, max(256, TILE_ELEMENTS // rows // 2))
+        return min(1024 if rows >= 128 else 1 << 14, max(MIN_WIDTH, TILE_ELEMENTS // rows // 2))
 
     def _inputs(self, batches: slice, heads: slice, lead: Sequence[int]) -> Inputs:
         p = self.problem

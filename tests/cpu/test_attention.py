@@ -211,14 +211,14 @@ def test_outputs_have_documented_dtypes(dtype: torch.dtype) -> None:
 def test_a_mask_mod_is_built_once_for_unchanged_tensors() -> None:
     from flexattn import mask_cache
 
-    q, k, v = qkv()
-    docs = torch.arange(50) // 20
+    q, k, v = qkv(L=400, S=400)
+    docs = torch.arange(400) // 150
     mask_cache._cache.clear()
     make = lambda: lambda b, h, i, j: docs[i] == docs[j]
     first = flex_attention(q, k, v, mask_mod=make())
     assert torch.equal(flex_attention(q, k, v, mask_mod=make()), first)
     assert len(mask_cache._cache) == 1
-    docs[:] = torch.arange(50) // 5
+    docs[:] = torch.arange(400) // 300  # other blocks, not only other elements
     changed = flex_attention(q, k, v, mask_mod=make())
     assert not torch.equal(changed, first)
     torch.testing.assert_close(changed, flex_attention(q, k, v, mask_mod=make(), backend="reference"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -15,6 +13,7 @@ from . import capture, validate
 from .block_mask import BlockMask
 from .config import check_kernel_options
 from .mask_cache import cached_block_mask
+from .notices import say_once
 
 
 class AuxRequest(NamedTuple):
@@ -208,13 +207,8 @@ def _choose_backend(backend: str, device: str) -> str:
     if backend != "auto":
         return backend
     if device != "cpu" and not torch.compiler.is_compiling():
-        _warn_once(
+        say_once(
             f"flex_attention runs on {device} by torch operators (backend 'tiled'): memory is linear, but it is slower "
             "than a fused kernel. Pass backend='tiled' to accept this without a warning."
         )
     return "tiled"
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)

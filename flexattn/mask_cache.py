@@ -19,6 +19,7 @@ from .block_mask import BlockMask
 from .codegen.pipeline import variant
 from .codegen.trace import trace
 from .create import create_block_mask
+from .notices import say_rebuilt_mask
 
 CAPACITY = 64
 
@@ -30,6 +31,7 @@ def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tenso
     """The block mask of `mask_mod` for these tensors; B and H are 1 where it does not depend on them."""
     B, H, L, S = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     if torch.compiler.is_compiling():
+        say_rebuilt_mask()
         return create_block_mask(mask_mod, B, H, L, S, device=query.device)
     program, captured, ints = trace(None, mask_mod, device=query.device)
     parsed = variant(program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flexattn import BlockMask, create_block_mask, flex_attention, masks
+from flexattn.notices import say_once
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention.mask_mod:UserWarning")
 BACKENDS = ["eager", "aot_eager", "inductor"]
 slopes = torch.rand(4, requires_grad=True)
 docs = torch.arange(70) // 20
@@ -76,6 +79,17 @@ def test_a_new_value_of_a_captured_tensor_neither_recompiles_nor_goes_stale() ->
         ids = torch.arange(70) // size
         torch.testing.assert_close(compiled(q, ids), call(q, ids))
     assert graphs == 1
+
+
+def test_a_mask_rebuilt_at_every_call_is_said_once() -> None:
+    say_once.cache_clear()
+    q = torch.randn(1, 2, 70, 8)
+    with pytest.warns(UserWarning, match="builds the block mask anew at every call"):
+        torch.compile(mask_inside, fullgraph=True, backend="eager")(q, q, q, q)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(mask_inside, fullgraph=True, backend="eager")(q, q, q, q)
 
 
 def test_a_block_mask_can_be_an_argument() -> None:

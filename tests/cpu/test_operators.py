@@ -13,6 +13,7 @@ import flexattn
 from flexattn import create_block_mask, flex_attention, masks, ops
 from flexattn.backends.schedule import Span, chunks, schedule
 from flexattn.codegen.trace import trace
+from flexattn.notices import say_once
 
 
 def operands(requires_grad: bool) -> list[Any]:
@@ -45,6 +46,7 @@ def test_opcheck_of_block_mask() -> None:
 
 
 def test_meta_tensors_give_shapes() -> None:
+    say_once.cache_clear()
     q = torch.empty(2, 4, 40, 8, device="meta")
     with pytest.warns(UserWarning, match="runs on meta by torch operators"):
         assert flex_attention(q, q, q[..., :5]).shape == (2, 4, 40, 5)

@@ -32,17 +32,13 @@ from tqdm import tqdm
 import flexattn
 
 SEQUENCE = 2048  # bytes in a packed sequence
-LAYERS, WIDTH, HEADS, KV_HEADS = 4, 256, 8, 2
+LAYERS, WIDTH, HEADS, KV_HEADS = 4, 128, 4, 2
 START = 256  # the token that begins a document; the others are bytes
-PEAK_LR, WARMUP = 2e-3, 20
-
-
-# ---- Attention ----
 
 
 def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     """Scores fall with distance, with a slope of each head's own: this takes the place of position embeddings."""
-    return score - torch.exp2(-8 / HEADS * (h + 1)) * (q_idx - kv_idx)
+    return score - torch.exp2(-8 / HEADS * h) * (q_idx - kv_idx)
 
 
 def packed_causal(document: Tensor) -> flexattn.BlockMask:
@@ -53,9 +49,6 @@ def packed_causal(document: Tensor) -> flexattn.BlockMask:
 
     B, S = document.shape
     return flexattn.create_block_mask(mask_mod, B, None, S, S, device=document.device)
-
-
-# ---- Data ----
 
 
 @dataclass
@@ -96,21 +89,17 @@ def pack(documents: list[bytes], length: int, seed: int, device: str) -> Iterato
     while True:
         tokens: list[int] = []
         targets: list[int] = []
-        sizes: list[int] = []
+        document: list[int] = []
         while len(targets) < length:
             queue = queue or generator.sample(documents, len(documents))
             text, room = queue.pop(), length - len(targets)
-            piece, rest = text[:room], text[room:]
-            if rest:
-                queue.append(rest)
+            piece = text[:room]
+            if len(text) > room:
+                queue.append(text[room:])
             tokens += [START, *piece[:-1]]
             targets += piece
-            sizes.append(len(piece))
-        document = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
-        yield Packed(*(t.to(device)[None] for t in (torch.tensor(tokens), torch.tensor(targets), document)))
-
-
-# ---- Model ----
+            document += [document[-1] + 1 if document else 0] * len(piece)
+        yield Packed(*(torch.tensor([x], device=device) for x in (tokens, targets, document)))
 
 
 class Block(nn.Module):
@@ -144,9 +133,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
         self.head = nn.Linear(WIDTH, 256, bias=False)
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens: Tensor, document: Tensor, backend: str = "auto") -> Tensor:
         block_mask = packed_causal(document)
@@ -159,9 +145,6 @@ class GPT(nn.Module):
         """Mean cross entropy of a byte, in nats."""
         logits = self(batch.tokens, batch.document, backend)
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
-
-
-# ---- Checks ----
 
 
 def require(holds: bool, claim: str) -> None:
@@ -200,15 +183,12 @@ def check_isolation(model: GPT, batch: Packed) -> str:
     tokens[0, start + 1 : middle] = 255 - tokens[0, start + 1 : middle]  # all but the start token
     before, after = (model(t, batch.document)[0] for t in (batch.tokens, tokens))
     same = (before == after).all(-1)
-    claim = f"no document sees another (of {len(same)} positions, other bytes in {start}:{middle} change logits in "
     rows = (~same).nonzero().flatten().tolist() or [-1]
-    claim += f"{rows[0]}:{rows[-1] + 1}, the document is {start}:{stop})"
+    where = f"other bytes at {start}:{middle} changed logits at {rows[0]}:{rows[-1] + 1} of {len(same)}"
+    claim = f"no document sees another ({where}; the document is {start}:{stop})"
     require(bool(same[: start + 1].all() and same[stop:].all()), claim)
     require(not bool(same[middle]), "a byte sees what precedes it in its own document")
     return claim
-
-
-# ---- Pictures ----
 
 
 def draw_loss(path: Path, train: list[float], validation: dict[int, float]) -> None:
@@ -245,11 +225,8 @@ def draw_mask(path: Path, batch: Packed, detail: int = 48) -> None:
     figure.savefig(path, dpi=150)
 
 
-# ---- Training ----
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -260,17 +237,21 @@ def main() -> None:
     device = args.device
     torch.manual_seed(args.seed)
 
-    documents = read_documents(args.seed, largest=2 * length)
+    documents = read_documents(args.seed, largest=length + length // 2)
+    require(len(documents) >= 50, "the sources of the standard library are installed")
     held_out = len(documents) // 10
     batches = pack(documents[held_out:], length, args.seed, device)
     validation_set = list(islice(pack(documents[:held_out], length, args.seed, device), 1 if args.smoke else 4))
-    several = next(b for b in pack(documents[:held_out], length, args.seed, device) if b.document.max() >= 2)
+    several = next(  # three documents, the first of some length
+        b
+        for b in pack(documents[:held_out], length, args.seed, device)
+        if b.document.max() >= 2 and b.boundary() >= length // 8
+    )
 
     model = GPT().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = min(WARMUP, steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * i / steps))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # warmup, then a cosine
+        optimizer, max_lr=6e-3, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
     )
     precision = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
     print(
@@ -304,17 +285,14 @@ def main() -> None:
                     passed.append(check_isolation(model, several))
             progress.set_postfix_str(f"loss {train[-1]:.2f} bits/byte, {step * length / seconds:,.0f} tokens/s")
 
-    args.out.mkdir(parents=True, exist_ok=True)
     pictures = args.out / "loss.png", args.out / "block_mask.png"
+    args.out.mkdir(parents=True, exist_ok=True)
     draw_loss(pictures[0], train, validation)
     draw_mask(pictures[1], several)
     last = train[-max(1, steps // 10) :]
     print(f"Training loss   {sum(last) / len(last):.3f} bits per byte (mean of the last {len(last)} steps)")
     print(f"Validation loss {validation[steps]:.3f} bits per byte; {steps * length / seconds:,.0f} tokens/s")
-    for claim in passed:
-        print(f"Check passed: {claim}")
-    for picture in pictures:
-        print(f"Wrote {picture}")
+    print(*(f"Check passed: {claim}" for claim in passed), *(f"Wrote {path}" for path in pictures), sep="\n")
 
 
 if __name__ == "__main__":

@@ -177,10 +177,22 @@ def measure(shape: str, dtype: str, case: str, rounds: int) -> list[Record]:
     ]
 
 
+def peak() -> int:
+    """Peak resident memory in KiB. Not getrusage: its maximum is inherited from the parent process."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def reset_peak() -> int:
+    """Forget the peak so far; what is resident now, in KiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
 def extra_memory(shape: str, dtype: str, case: str, name: str, length: int | None = None) -> float:
     """MiB that a forward (and where there is one a backward) adds to the peak of a fresh process."""
     code = f"""
-import resource, sys
+import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import bench_cpu, torch
 torch.set_num_threads({torch.get_num_threads()})
@@ -194,14 +206,13 @@ if {name!r} == "torch_flex":
     run(*p.tensors)  # compiling takes memory of its own; what is measured below is the growth of a second call
 else:
     torch.nn.functional.scaled_dot_product_attention(*small)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
+before = bench_cpu.reset_peak()
 if {name!r} == "torch_flex":
     run(*p.tensors)
 else:
     leaves = [t.requires_grad_() for t in p.tensors]
     torch.autograd.grad(run(*leaves).float().sum(), leaves)
-print(peak() - before)
+print(bench_cpu.peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(run.stdout.split()[-1]) / 1024

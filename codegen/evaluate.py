@@ -101,7 +101,7 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._free: list[Tensor] = []
-        self._owner: dict[int, Tensor] = {}
+        self._taken: dict[int, tuple[Tensor, Tensor]] = {}  # holds the tensor itself, so that its id stays its own
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
@@ -112,14 +112,14 @@ class Pool:
         else:
             raw = torch.empty(size, dtype=torch.uint8, device=self.device)
         made = raw[:size].view(dtype).view(tuple(shape))
-        self._owner[id(made)] = raw
+        self._taken[id(made)] = (made, raw)
         return made
 
     def give(self, tensor: Tensor) -> None:
         """Take back a tensor that `take` gave; any other is ignored."""
-        raw = self._owner.pop(id(tensor), None)
-        if raw is not None:
-            self._free.append(raw)
+        taken = self._taken.pop(id(tensor), None)
+        if taken is not None:
+            self._free.append(taken[1])
 
 
 def evaluate(nodes: Sequence[Node], inputs: Inputs, pool: Pool | None = None) -> list[Tensor]:
@@ -171,7 +171,7 @@ def _value(node: Node, inputs: Inputs) -> Tensor:
         case Op.CONST:
             return torch.full((), node.value, dtype=dtype, device=inputs.device)  # type: ignore[arg-type]
         case Op.FLOAT:
-            return inputs.floats[operator.index(node.value)].to(dtype)  # type: ignore[arg-type]
+            return inputs.floats[operator.index(node.value)].to(inputs.device, dtype)  # type: ignore[arg-type]
         case Op.INT:
             return torch.full((), inputs.ints[operator.index(node.value)], dtype=dtype, device=inputs.device)  # type: ignore[arg-type]
         case Op.CAST:
@@ -179,7 +179,10 @@ def _value(node: Node, inputs: Inputs) -> Tensor:
         case Op.LOAD:
             base, *index = node.args
             assert isinstance(base.value, tuple)
-            return _load(inputs.captured[base.value[0]], [memo[i] for i in index], inputs.on_load)
+            tensor = inputs.captured[base.value[0]]
+            if not index:  # a 0-d tensor may be anywhere, as in torch
+                tensor = tensor.to(inputs.device)
+            return _load(tensor, [memo[i] for i in index], inputs.on_load)
     raise AssertionError(f"no meaning for {op}")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 
-from . import ops
+from . import ops, validate
 from .codegen.pipeline import variant
 from .codegen.trace import trace
 from .debug import check_indices, debugging
@@ -61,6 +61,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
+    validate.captured(captured, query.device)
     if debugging():
         check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
     result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
@@ -86,6 +87,7 @@ def _block_lists(
     mask_mod: Callable[..., Tensor], shape: Sequence[int], block_size: Sequence[int], like: Tensor
 ) -> Lists:
     program, captured, ints = trace(None, mask_mod, device=like.device)
+    validate.captured(captured, like.device)
     B, H, Q, KV = shape
     return ops.block_mask(captured, ints, program, B, H, Q, KV, block_size[0], block_size[1], like)
 

@@ -71,7 +71,7 @@ def explain(
         >>> import flexattn
         >>> report = flexattn.explain(lambda score, b, h, q_idx, kv_idx: 20 * (score / 20).tanh(), quiet=True)
         >>> print(report.formula)
-        score' = 20 * tanh(score / 20)
+        score' = tanh(score / 20) * 20
     """
     score_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=score_dtype)

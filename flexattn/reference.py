@@ -48,7 +48,7 @@ def attention(problem: Problem, products: torch.dtype | None = None) -> Attentio
     """
     query, key, value, variant = problem.query, problem.key, problem.value, problem.variant
     B, H, L, _ = query.shape
-    S, group = key.shape[2], H // key.shape[1]
+    S, group = key.shape[2], H // max(1, key.shape[1])
     dtype = TORCH_DTYPE[variant.score_dtype]
     device = query.device
     products = products or dtype

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .block_mask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "tiled", "reference")
@@ -56,8 +59,6 @@ def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None
 
 def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
     """Raise unless a block mask was made for this shape and device."""
-    from .block_mask import BlockMask
-
     if not isinstance(mask, BlockMask):
         hint = ""
         if hasattr(mask, "kv_num_blocks"):
@@ -90,6 +91,16 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
             f"block_mask is on {mask.kv_num_blocks.device}, query on {query.device}; move it with "
             f"block_mask.to({str(query.device)!r})"
         )
+
+
+def captured(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Raise `ValueError` for a captured tensor with dimensions on another device than the query."""
+    for t in tensors:
+        if t.dim() and t.device != device:
+            raise ValueError(
+                f"a mod captures a tensor of shape {tuple(t.shape)} on {t.device}, query is on {device}; move it once: "
+                f"t = t.to({str(device)!r})"
+            )
 
 
 def choices(block_mask: Any, mask_mod: Any, return_lse: bool, return_aux: Any, backend: str, scale: Any) -> None:

@@ -117,7 +117,7 @@ class Walk:
         self.linear = self.bias is not None or not problem.variant.modifies_score
         # With a linear mod the product already is in units of log2.
         self.q_scale = problem.scale * (LOG2E if self.linear else 1.0)
-        self.group_size = problem.query.shape[1] // problem.key.shape[1]
+        self.group_size = max(1, problem.query.shape[1] // max(1, problem.key.shape[1]))
 
     def groups(self) -> tuple[Group, ...]:
         p = self.problem
@@ -139,7 +139,7 @@ class Walk:
         last = first + 1 if single else -(-group.head_stop // size)
         area = max(((t.stop - t.start) * min(t.columns, self.width(t)) for t in group.tiles), default=1)
         entries = max(1, TILE_ELEMENTS // max(1, area * (1 if single else size)))
-        step, batch_step = min(entries, last - first), max(1, entries // max(1, last - first))
+        step, batch_step = max(1, min(entries, last - first)), max(1, entries // max(1, last - first))
         for b in range(group.batch_start, group.batch_stop, batch_step):
             batches = slice(b, min(b + batch_step, group.batch_stop))
             kv_batches = batches if p.key.shape[0] != 1 else slice(0, 1)
@@ -205,7 +205,13 @@ class Walk:
             result = self.pool.take(raw.shape, self.dtype)
             torch.mul(score.expand(tile.shape), LOG2E, out=self.tile_view(part, result))
             self.pool.give(score)
-        self.cut(part, chunk, result, float("-inf"))
+        if self.variant.modifies_score:
+            self.cut(part, chunk, result, float("-inf"))
+            return result
+        # Products of finite numbers: adding -inf hides them, at a fifth of the cost of choosing.
+        for start, stop, keep in chunk.keep:
+            hidden = torch.zeros(keep.shape, dtype=self.dtype, device=self.device).masked_fill_(~keep, float("-inf"))
+            tile[..., start:stop] += hidden
         return result
 
     def cut(self, part: Part, chunk: Chunk, x: Tensor, value: float) -> None:

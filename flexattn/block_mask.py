@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .block_lists import block_size, check_lists, dense, last, positions, take
 from .block_mask_text import picture
-from .masks import ShiftedMask, noop_mask
+from .mask_object import moved
+from .masks import noop_mask
+from .shifted_mask import ShiftedMask
 
 MaskMod = Callable[..., Tensor]
 DEFAULT_BLOCK_SIZE = 128
@@ -72,7 +74,7 @@ class BlockMask:
         self.full_kv_num_blocks, self.full_kv_indices = full_kv_num_blocks, full_kv_indices
         self.BLOCK_SIZE = BLOCK_SIZE
         self.mask_mod = noop_mask if mask_mod is None else mask_mod
-        self._columns: dict[str, tuple[Tensor, Tensor]] = {}
+        self._columns: dict[str, _Columns] = {}
 
     @classmethod
     def from_kv_blocks(
@@ -103,8 +105,8 @@ class BlockMask:
             dq_write_order, dq_write_order_full, dq_kv_order: accepted and ignored; no kernel here needs them.
 
         Raises:
-            ValueError: for shapes that do not fit together, and for a row that lists a block twice, in both lists, or
-                outside the mask (not checked while compiling, nor for tensors without data).
+            ValueError: for shapes that do not fit together, for lists that are not integers, and for a row that lists a
+                block twice, in both lists, or outside the mask (not checked while compiling, nor without data).
 
         Example:
             >>> import torch, flexattn
@@ -125,23 +127,30 @@ class BlockMask:
                     f"{name}_num_blocks has shape {tuple(count.shape)} and {name}_indices {tuple(index.shape)}; "
                     "they must be [B, H, rows] and [B, H, rows, columns]"
                 )
+            if any(t.dtype is torch.bool or t.is_floating_point() or t.is_complex() for t in (count, index)):
+                raise ValueError(
+                    f"{name}_num_blocks is {count.dtype} and {name}_indices {index.dtype}; both must be integers, "
+                    "e.g. t.to(torch.int32)"
+                )
             if count.shape != kv_num_blocks.shape:
                 raise ValueError(
                     f"full blocks have rows {tuple(count.shape)}, partial blocks {tuple(kv_num_blocks.shape)}"
                 )
+        if seq_lengths is not None and (
+            len(seq_lengths) != 2 or any(isinstance(n, int) and n < 0 for n in seq_lengths)
+        ):
+            raise ValueError(f"seq_lengths is {seq_lengths}; it must be two lengths, (Q_LEN, KV_LEN)")
         rows, columns = kv_indices.shape[2], max(index.shape[3] for _, _, index in pairs)
         lengths = (rows * size[0], columns * size[1]) if seq_lengths is None else (seq_lengths[0], seq_lengths[1])
         if -(-lengths[0] // size[0]) != rows:
             raise ValueError(
                 f"Q_LEN {lengths[0]} has {-(-lengths[0] // size[0])} blocks of {size[0]}, the lists have {rows} rows"
             )
-        lists = [t.to(torch.int32) for _, count, index in pairs for t in (count, index)]
-        if (
-            not torch.compiler.is_compiling()
-            and type(lists[0]) in (Tensor, torch.nn.Parameter)
-            and not lists[0].is_meta
-        ):
+        lists = [t for _, count, index in pairs for t in (count, index)]
+        if not torch.compiler.is_compiling() and all(_has_data(t) for t in lists):
+            # Before the conversion, which would bring an index that is out of range back into it.
             check_lists(lists, -(-lengths[1] // size[1]))
+        lists = [t.to(torch.int32) for t in lists]
         full_count, full_index = (lists[2], lists[3]) if len(lists) > 2 else (None, None)
         return cls(lengths, lists[0], lists[1], full_count, full_index, size, mask_mod)
 
@@ -160,7 +169,10 @@ class BlockMask:
         return made
 
     def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
-        """The fields in PyTorch's order; `flatten=False` keeps lengths and block size as pairs."""
+        """The fields in PyTorch's order; `flatten=False` keeps lengths and block size as pairs.
+
+        The write orders that newer versions of PyTorch put before the block size are left out: there are none here.
+        """
         lengths, size = (self.seq_lengths, self.BLOCK_SIZE) if flatten else ((self.seq_lengths,), (self.BLOCK_SIZE,))
         lists = (self.kv_num_blocks, self.kv_indices, self.full_kv_num_blocks, self.full_kv_indices)
         by_key = (self.q_num_blocks, self.q_indices, self.full_q_num_blocks, self.full_q_indices)
@@ -197,11 +209,14 @@ class BlockMask:
         return None if self.full_kv_num_blocks is None else self._by_key("full_kv")[1]
 
     def _by_key(self, kind: str) -> tuple[Tensor, Tensor]:
-        if kind not in self._columns:
-            listed = self._dense(getattr(self, f"{kind}_num_blocks"), getattr(self, f"{kind}_indices")).mT
-            index = torch.argsort(listed.int(), dim=-1, descending=True, stable=True)
-            self._columns[kind] = (listed.sum(-1, dtype=torch.int32), index.to(torch.int32))
-        return self._columns[kind]
+        count, index = getattr(self, f"{kind}_num_blocks"), getattr(self, f"{kind}_indices")
+        known = self._columns.get(kind)
+        # The fields can be set: lists made from others than today's are stale.
+        if known is None or known.num_blocks is not count or known.indices is not index:
+            listed = self._dense(count, index).mT
+            order = torch.argsort(listed.int(), dim=-1, descending=True, stable=True).to(torch.int32)
+            known = self._columns[kind] = _Columns(count, index, (listed.sum(-1, dtype=torch.int32), order))
+        return known.by_key
 
     def _grid(self) -> tuple[int, int]:
         return -(-self.seq_lengths[0] // self.BLOCK_SIZE[0]), -(-self.seq_lengths[1] // self.BLOCK_SIZE[1])
@@ -258,6 +273,8 @@ class BlockMask:
             )
         # A mask that is the same for every batch entry or head stays so.
         shifts = [None if sizes[d] == 1 else picks[d] for d in (0, 1)] + [rows]
+        # Here and not at every call of the mask: its maps, where the lists are and in the dtype of an index.
+        shifts = [p.to(self.device, torch.int32) if isinstance(p, Tensor) else p for p in shifts]
         made.mask_mod = ShiftedMask.of(self.mask_mod, shifts[0], shifts[1], shifts[2], block)
         return made
 
@@ -283,11 +300,10 @@ class BlockMask:
     def to(self, device: torch.device | str) -> BlockMask:
         """The mask on another device: its lists, and the tensors that a mask of `flexattn.masks` holds.
 
-        Tensors in the closure of a mask function of yours stay where they are.
+        Tensors in the closure of a mask function of yours stay where they are, and so does an `nn.Module`.
         """
         made = self._map(lambda t: t.to(device))
-        if hasattr(self.mask_mod, "to"):
-            made.mask_mod = self.mask_mod.to(device)
+        made.mask_mod = moved(self.mask_mod, device)
         return made
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> BlockMask:
@@ -307,6 +323,8 @@ class BlockMask:
         return picture(self, grid_size, limit)
 
     def __str__(self) -> str:
+        if not all(_has_data(t) for t in self.kv_lists()):
+            return repr(self)
         return f"BlockMask(shape={self.shape}, sparsity={self.sparsity():.2f}%)\n{self.to_string()}"
 
     def __repr__(self) -> str:
@@ -316,6 +334,18 @@ class BlockMask:
             f"BlockMask(shape={self.shape}, BLOCK_SIZE={self.BLOCK_SIZE}, kv_indices={tuple(self.kv_indices.shape)}, "
             f"full_kv_indices={full}, mask_mod={name})"
         )
+
+
+def _has_data(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta
+
+
+class _Columns(NamedTuple):
+    """Lists by key block, and the lists by query block that they were made from."""
+
+    num_blocks: Tensor
+    indices: Tensor
+    by_key: tuple[Tensor, Tensor]
 
 
 class _Context(NamedTuple):

@@ -8,11 +8,13 @@ Pictures show which keys (columns) a query (row) attends to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .mask_object import MaskObject, name_of
 
 MaskMod = Callable[..., Tensor]
 
@@ -46,34 +48,30 @@ def causal_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 
     Lengths that differ are aligned at the top left, as in PyTorch's `is_causal`; FlashAttention aligns them at the
     bottom right: use `causal(KV_LEN - Q_LEN)` for that.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.causal_mask, None, None, 2, 3)[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0]]
     """
     return q_idx >= kv_idx
 
 
-class _Mask:
-    """A mask_mod with parameters."""
-
-    @property
-    def __name__(self) -> str:
-        return repr(self)
-
-    def to(self, device: torch.device | str) -> Any:
-        """The same mask with its tensors on another device."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})  # type: ignore[type-var,arg-type]
-
-
-def _move(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_move(v, device) for v in value)
-    return value.to(device) if isinstance(value, (Tensor, _Mask)) else value
-
-
-def _name(mask: Any) -> str:
-    return getattr(mask, "__name__", repr(mask))
+def _check_integers(what: str, value: Any, dims: tuple[int, ...], expected: str) -> None:
+    """Raise unless `value` is an integer tensor of so many dimensions, or an int where none are among them."""
+    if isinstance(value, Tensor):
+        fits = value.dim() in dims and not (
+            value.is_floating_point() or value.is_complex() or value.dtype is torch.bool
+        )
+    else:
+        fits = 0 in dims and isinstance(value, (int, torch.SymInt))
+    if not fits:
+        got = f"a {value.dtype} tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{what} must be {expected}; got {got}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _All(_Mask):
+class _All(MaskObject):
     masks: tuple[MaskMod, ...]
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -83,11 +81,11 @@ class _All(_Mask):
         return result
 
     def __repr__(self) -> str:
-        return f"and_masks({', '.join(map(_name, self.masks))})"
+        return f"and_masks({', '.join(map(name_of, self.masks))})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Any(_Mask):
+class _Any(MaskObject):
     masks: tuple[MaskMod, ...]
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -97,18 +95,18 @@ class _Any(_Mask):
         return result
 
     def __repr__(self) -> str:
-        return f"or_masks({', '.join(map(_name, self.masks))})"
+        return f"or_masks({', '.join(map(name_of, self.masks))})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Not(_Mask):
+class _Not(MaskObject):
     mask: MaskMod
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return ~self.mask(b, h, q_idx, kv_idx)
 
     def __repr__(self) -> str:
-        return f"not_mask({_name(self.mask)})"
+        return f"not_mask({name_of(self.mask)})"
 
 
 def _check_callable(function: str, masks: tuple[Any, ...]) -> None:
@@ -133,19 +131,31 @@ def and_masks(*mask_mods: MaskMod) -> MaskMod:
 
 
 def or_masks(*mask_mods: MaskMod) -> MaskMod:
-    """Attended where at least one of the masks attends; nowhere for none."""
+    """Attended where at least one of the masks attends; nowhere for none.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.or_masks(flexattn.masks.sliding_window(2), flexattn.masks.prefix_lm(1))
+        or_masks(sliding_window(size=2), prefix_lm(prefix_length=1))
+    """
     _check_callable("or_masks", mask_mods)
     return _Any(mask_mods) if mask_mods else _Not(noop_mask)
 
 
 def not_mask(mask_mod: MaskMod) -> MaskMod:
-    """Attended where the mask does not attend."""
+    """Attended where the mask does not attend.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.not_mask(flexattn.masks.causal_mask), None, None, 2, 2)[0, 0].int().tolist()
+        [[0, 1], [0, 0]]
+    """
     _check_callable("not_mask", (mask_mod,))
     return mask_mod.mask if isinstance(mask_mod, _Not) else _Not(mask_mod)
 
 
-@dataclass(frozen=True, eq=False)
-class causal(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class causal(MaskObject):
     """Causal with an offset: `q_idx + offset >= kv_idx`.
 
     `offset = KV_LEN - Q_LEN` aligns the last query with the last key (bottom right), which is what decoding with a
@@ -165,6 +175,9 @@ class causal(_Mask):
 
     offset: int | Tensor = 0
 
+    def __post_init__(self) -> None:
+        _check_integers("offset", self.offset, (0, 1), "an int, or an integer tensor: 0-d, or [B]")
+
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
         return q_idx + _per_batch(self.offset, b) >= kv_idx
 
@@ -173,8 +186,8 @@ def _per_batch(value: Any, b: Tensor) -> Any:
     return value[b] if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
-@dataclass(frozen=True, eq=False)
-class sliding_window(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class sliding_window(MaskObject):
     """The last `size` keys, the query's own among them: `0 <= q_idx - kv_idx < size`.
 
     With size 2:
@@ -209,8 +222,8 @@ class sliding_window(_Mask):
         return (distance >= 0) & (distance < self.size)
 
 
-@dataclass(frozen=True, eq=False)
-class window(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class window(MaskObject):
     """`left` keys before the query, itself, and `right` keys after it: `-right <= q_idx - kv_idx <= left`.
 
     With left 1 and right 1:
@@ -224,6 +237,11 @@ class window(_Mask):
     Args:
         left: keys before the query, at least 0.
         right: keys after it, at least 0.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.window(1, 1), None, None, 3, 4)[0, 0].int().tolist()
+        [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
     """
 
     left: int
@@ -240,8 +258,8 @@ class window(_Mask):
         return (distance <= self.left) & (distance >= -self.right)
 
 
-@dataclass(frozen=True, eq=False)
-class prefix_lm(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class prefix_lm(MaskObject):
     """A prefix that all attend to, causal after it: `kv_idx < prefix_length or q_idx >= kv_idx`.
 
     With a prefix of 2:
@@ -255,16 +273,24 @@ class prefix_lm(_Mask):
         prefix_length: an int, a 0-d tensor, or one for each batch entry, [B].
 
     Source: Raffel et al., 2020 (T5), section 3.2.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.prefix_lm(2), None, None, 3, 3)[0, 0].int().tolist()
+        [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
     """
 
     prefix_length: int | Tensor
+
+    def __post_init__(self) -> None:
+        _check_integers("prefix_length", self.prefix_length, (0, 1), "an int, or an integer tensor: 0-d, or [B]")
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
         return (kv_idx < _per_batch(self.prefix_length, b)) | (q_idx >= kv_idx)
 
 
-@dataclass(frozen=True, eq=False)
-class document_mask(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class document_mask(MaskObject):
     """Only within the same document of a packed sequence: `document_ids[q_idx] == document_ids[kv_idx]`.
 
     With ids 0 0 1 1 (combine it with `causal_mask` by `and_masks`):
@@ -301,22 +327,36 @@ class document_mask(_Mask):
         return f"document_mask({list(self.document_ids.shape)})"
 
 
-@dataclass(frozen=True, eq=False)
-class padding(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class padding(MaskObject):
     """Only real keys of a padded batch: `kv_idx < lengths[b]`. Rows of padded queries still attend to the real keys.
 
+    With length 2:
+
+        1 1 . .
+        1 1 . .
+        1 1 . .
+
     Args:
-        lengths: integers [B], the number of real keys of each batch entry.
+        lengths: integers [B], the number of real keys of each batch entry; build its block mask with this B.
+
+    Example:
+        >>> import torch, flexattn
+        >>> flexattn.create_mask(flexattn.masks.padding(torch.tensor([1, 2])), 2, None, 1, 3)[:, 0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0]]
     """
 
     lengths: Tensor
+
+    def __post_init__(self) -> None:
+        _check_integers("lengths", self.lengths, (1,), "an integer tensor [B]")
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
         return kv_idx < self.lengths[b]
 
 
-@dataclass(frozen=True, eq=False)
-class chunked(_Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class chunked(MaskObject):
     """Within chunks of `size` positions: `q_idx // size == kv_idx // size`. Not causal by itself.
 
     With size 2:
@@ -329,6 +369,11 @@ class chunked(_Mask):
 
     Args:
         size: positions of a chunk, at least 1.
+
+    Example:
+        >>> import flexattn
+        >>> flexattn.create_mask(flexattn.masks.chunked(2), None, None, 3, 3)[0, 0].int().tolist()
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     """
 
     size: int
@@ -339,46 +384,3 @@ class chunked(_Mask):
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:  # noqa: D102
         return q_idx // self.size == kv_idx // self.size
-
-
-@dataclass(frozen=True, eq=False)
-class ShiftedMask(_Mask):
-    """A mask_mod seen through an index: what a slice of a block mask uses.
-
-    `b`, `h` and `row` map new positions to old ones: None for unchanged, (start, step), or a tensor of old positions.
-    `row` counts rows of query blocks of `block` queries.
-    """
-
-    mask: MaskMod
-    b: tuple[int, int] | Tensor | None
-    h: tuple[int, int] | Tensor | None
-    row: tuple[int, int] | Tensor | None
-    block: int
-
-    @classmethod
-    def of(cls, mask: MaskMod, b: Any, h: Any, row: Any, block: int) -> MaskMod:
-        """`mask` with these picks (slices with known ends, or tensors); `mask` itself if they change nothing."""
-        maps = [_as_map(p) for p in (b, h, row)]
-        return mask if maps == [None, None, None] else cls(mask, maps[0], maps[1], maps[2], block)
-
-    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The old mask at the old positions."""
-        if isinstance(self.row, Tensor) or (self.row is not None and self.row[1] != 1):
-            q_idx = _mapped(self.row, q_idx // self.block) * self.block + q_idx % self.block
-        elif self.row is not None:
-            q_idx = q_idx + self.row[0] * self.block
-        return self.mask(_mapped(self.b, b), _mapped(self.h, h), q_idx, kv_idx)
-
-
-def _as_map(pick: Any) -> tuple[int, int] | Tensor | None:
-    if pick is None or isinstance(pick, Tensor):
-        return pick
-    return None if (pick.start, pick.step) == (0, 1) else (pick.start, pick.step)
-
-
-def _mapped(positions: tuple[int, int] | Tensor | None, index: Tensor) -> Tensor:
-    if positions is None:
-        return index
-    if isinstance(positions, Tensor):
-        return positions.to(index.device)[index]
-    return index * positions[1] + positions[0]

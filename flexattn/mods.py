@@ -1,7 +1,7 @@
 """Ready-made score_mods, and how to combine them. A score_mod takes (score, b, h, q_idx, kv_idx) and returns a score.
 
-`score` is `scale * <query, key>` in float32 (float64 for float64 inputs). Every name here returns a score_mod. Tensors
-they hold are captured: pass a parameter and it gets its gradient.
+`score` is `scale * <query, key>` in float32 (float64 for float64 inputs). `identity` is itself a score_mod; every other
+name returns one. Tensors they hold are captured: pass a parameter and it gets its gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from torch import Tensor
 
 ScoreMod = Callable[..., Tensor]
 
-__all__ = ["alibi", "alibi_slopes", "compose", "relative_bias", "softcap"]
+__all__ = ["alibi", "alibi_slopes", "compose", "identity", "relative_bias", "softcap"]
+
+
+def identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """The score as it is."""
+    return score
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
@@ -89,6 +94,12 @@ class softcap(_Mod):
         cap: a positive number; Gemma 2 uses 50.
 
     Source: Gemma Team, 2024, "Gemma 2", section 2.
+
+    Example:
+        >>> import torch, flexattn
+        >>> at = torch.tensor(0)
+        >>> flexattn.mods.softcap(2.0)(torch.tensor([-100.0, 0.0, 100.0]), at, at, at, at).tolist()
+        [-2.0, 0.0, 2.0]
     """
 
     cap: float
@@ -109,6 +120,12 @@ class relative_bias(_Mod):
         table: [Hq, 2 * S - 1] for queries and keys of length S; entry S - 1 is distance 0.
 
     Source: Shaw, Uszkoreit and Vaswani, 2018; as a bias, Raffel et al., 2020.
+
+    Example:
+        >>> import torch, flexattn
+        >>> table = torch.tensor([[-1.0, 0.0, 1.0]])  # one head, S = 2: the key before, the same one, the one after
+        >>> flexattn.create_mask(flexattn.mods.relative_bias(table), None, None, 2, 2)[0, 0].tolist()
+        [[0.0, 1.0], [-1.0, 0.0]]
     """
 
     table: Tensor
@@ -138,7 +155,7 @@ class _Composed(_Mod):
 
 
 def compose(*score_mods: ScoreMod) -> ScoreMod:
-    """The mods one after the other, the first one first.
+    """The mods one after the other, the first one first; `identity` for none.
 
     Example:
         >>> import flexattn
@@ -149,4 +166,4 @@ def compose(*score_mods: ScoreMod) -> ScoreMod:
         if not callable(mod):
             raise TypeError(f"compose takes score functions (score, b, h, q_idx, kv_idx), got {type(mod).__name__}")
     mods: tuple[Any, ...] = score_mods
-    return _Composed(mods)
+    return _Composed(mods) if mods else identity

@@ -215,10 +215,8 @@ def test_lists_are_honoured_where_there_is_no_mask_mod(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_lists_win_over_the_mask_mod(backend: str) -> None:
     q, k, v = (torch.randn(1, 1, 32, 8) for _ in range(3))
-    full = torch.tensor([[[0, 1]]])
-    mask = BlockMask.from_kv_blocks(
-        torch.tensor([[[1, 0]]]), torch.zeros(1, 1, 2, 2), full, torch.zeros(1, 1, 2, 2), 16, masks.causal_mask
-    )
+    full, first = torch.tensor([[[0, 1]]]), torch.zeros(1, 1, 2, 2, dtype=torch.int64)
+    mask = BlockMask.from_kv_blocks(torch.tensor([[[1, 0]]]), first, full, first, 16, masks.causal_mask)
     out = flex_attention(q, k, v, block_mask=mask, backend=backend)
     scores = q @ k.mT / 8**0.5
     keep = torch.zeros(32, 32, dtype=torch.bool)
@@ -254,12 +252,35 @@ def test_unsorted_lists_and_a_ragged_last_block(backend: str) -> None:
         ([[[1]]], [[[[0]]]], {"full_kv_num_blocks": [[[1]]]}, "belong together"),
         ([[1]], [[[0]]], {}, "must be"),
         ([[[1]]], [[[[0]]]], {"seq_lengths": (999, 10)}, "the lists have 1 rows"),
+        ([[[1]]], [[[[0]]]], {"seq_lengths": (128,)}, "it must be two lengths"),
+        ([[[1]]], [[[[0]]]], {"seq_lengths": (128, -1)}, "it must be two lengths"),
+        ([[[1]]], [[[[2**32]]]], {}, "lists key block 4294967296"),
+        ([[[1.5]]], [[[[0]]]], {}, "kv_num_blocks is torch.float32 .* must be integers"),
+        ([[[1]]], [[[[False]]]], {}, "kv_indices torch.bool; both must be integers"),
     ],
 )
 def test_impossible_lists_are_refused(count: Any, index: Any, extra: dict[str, Any], message: str) -> None:
     extra = {k: torch.tensor(v) if k.startswith("full") else v for k, v in extra.items()}
     with pytest.raises(ValueError, match=message):
         BlockMask.from_kv_blocks(torch.tensor(count), torch.tensor(index), **extra)
+
+
+def test_lists_with_any_strides_are_followed() -> None:
+    mask = create_block_mask(per_batch_and_head, 3, 2, 160, 160, "cpu", 20)
+    strided = [t.mT.contiguous().mT if t.dim() == 4 else t.repeat_interleave(2, -1)[..., ::2] for t in mask.kv_lists()]
+    assert not any(t.is_contiguous() for t in strided)
+    again = BlockMask.from_kv_blocks(*strided, 20, mask.mask_mod)
+    assert torch.equal(dense_of(again), dense_of(mask))
+    q, k, v = (torch.randn(3, 2, 160, 8) for _ in range(3))
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=again), flex_attention(q, k, v, block_mask=mask))
+
+
+def test_lists_by_key_block_follow_a_replaced_list() -> None:
+    mask = diagonal()
+    assert mask.q_num_blocks.tolist() == [[[1, 1, 1, 1]]]
+    assert mask.q_indices is mask.q_indices  # made once
+    mask.kv_num_blocks = torch.tensor([[[1, 0, 0, 1]]], dtype=torch.int32)
+    assert mask.q_num_blocks.tolist() == [[[1, 0, 0, 1]]]
 
 
 def test_adjust_crops_to_the_upper_left() -> None:
@@ -284,6 +305,32 @@ def test_it_copies_pickles_and_flattens() -> None:
     assert torch.equal(dense_of(sliced), dense_of(mask[:, :, 2:]))
 
 
+def test_moving_a_mask_leaves_the_original_and_its_module_alone() -> None:
+    class Documents(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ids", docs)
+
+        def forward(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return self.ids[i] == self.ids[j]
+
+    for mask_mod in (Documents(), masks.and_masks(masks.causal_mask, Documents())):
+        mask = create_block_mask(mask_mod, None, None, 160, 160, "cpu", 32)
+        before = dense_of(mask)
+        assert mask.to("meta").kv_indices.is_meta
+        assert torch.equal(dense_of(mask), before)
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([3, 0]), slice(None, None, -1)], ids=str)
+def test_the_maps_of_a_slice_live_with_its_lists_as_int32(rows: Any) -> None:
+    part = create_block_mask(masks.document_mask(docs), None, None, 160, 160, "cpu", 20)[:, :, rows]
+    assert (part.mask_mod.row.device, part.mask_mod.row.dtype) == (part.device, torch.int32)
+    moved = part.to("meta")
+    assert moved.mask_mod.row.is_meta and moved.mask_mod.mask.document_ids.is_meta
+    name = f"ShiftedMask(mask=document_mask([160]), b=None, h=None, row=tensor[{part.kv_indices.shape[2]}], block=20)"
+    assert part.mask_mod.__name__ == name
+
+
 def test_separate_full_blocks_can_be_switched_off() -> None:
     mask = create_block_mask(masks.causal_mask, None, None, 64, 64, "cpu", 16, separate_full_blocks=False)
     assert mask.full_kv_num_blocks is None
@@ -296,6 +343,7 @@ def test_pictures() -> None:
     assert mask.to_string(2) == "░░  \n██░░"
     assert str(mask).startswith("BlockMask(shape=(1, 1, 64, 64), sparsity=37.50%)\n██")
     assert "mask_mod=causal_mask" in repr(mask)
+    assert str(mask.to("meta")) == repr(mask)  # no data, no picture
     many = create_block_mask(per_batch_and_head, 3, 2, 40, 40, "cpu", 20).to_string(limit=2)
     assert many.startswith("(batch 0, head 0)\n") and many.endswith("... and 4 more")
 

@@ -9,7 +9,7 @@ def unsupported(name: str) -> TraceError:
     return TraceError(
         f"calls `{name}`, which has no counterpart in a kernel",
         "Mods may use elementwise torch functions, indexing of captured tensors and small reductions of captured rows.",
-        "an expression of supported functions (docs/writing-mods.md lists them)",
+        "an expression of supported functions (docs/operations.md lists them)",
     )
 
 

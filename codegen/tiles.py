@@ -5,6 +5,7 @@ The mask is evaluated element by element, a bounded number of elements at a time
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -44,6 +45,12 @@ def classify(
     axis = partial(torch.arange, dtype=torch.int32, device=device)
     index = {"b": axis(B).view(B, 1, 1, 1), "h": axis(H).view(1, H, 1, 1)}
     base = Inputs(index, captured[:n], captured[n:], ints, device)
+    block_q, block_kv = min(block_q, Q), min(block_kv, KV)
+    if B * H * block_q * block_kv > _CHUNK:
+        for r, c in itertools.product(range(rows), range(columns)):
+            spans = ((r * block_q, min((r + 1) * block_q, Q)), (c * block_kv, min((c + 1) * block_kv, KV)))
+            classes[:, :, r, c] = _classify_large(variant, base, (B, H), spans, device)
+        return classes
     # Whole rows of blocks while they fit, else pieces of one row.
     wide = max(1, min(columns, _CHUNK // (B * H * block_q * block_kv)))
     tall = max(1, min(rows, _CHUNK // (B * H * block_q * KV))) if wide == columns else 1
@@ -55,6 +62,30 @@ def classify(
             keep = keep.expand(B, H, len(q), len(kv))
             classes[:, :, r : r + tall, c : c + wide] = _classify_chunk(keep, block_q, block_kv)
     return classes
+
+
+def _classify_large(
+    variant: Variant,
+    base: Inputs,
+    lead: tuple[int, int],
+    spans: tuple[tuple[int, int], tuple[int, int]],
+    device: torch.device,
+) -> Tensor:
+    """The class of one block that is too large to be evaluated at once, [B', H']."""
+    assert variant.mask is not None
+    (q_start, q_stop), (kv_start, kv_stop) = spans
+    wide = max(1, min(kv_stop - kv_start, _CHUNK // (lead[0] * lead[1])))
+    tall = max(1, _CHUNK // (lead[0] * lead[1] * wide))
+    attended = torch.zeros(lead, dtype=torch.int64, device=device)
+    for q in range(q_start, q_stop, tall):
+        for kv in range(kv_start, kv_stop, wide):
+            ends = min(q + tall, q_stop), min(kv + wide, kv_stop)
+            q_idx = torch.arange(q, ends[0], dtype=torch.int32, device=device).view(-1, 1)
+            kv_idx = torch.arange(kv, ends[1], dtype=torch.int32, device=device)
+            (keep,) = evaluate([variant.mask], base.fork({"q_idx": q_idx, "kv_idx": kv_idx}))
+            attended += keep.expand(*lead, ends[0] - q, ends[1] - kv).sum((2, 3))
+    area = (q_stop - q_start) * (kv_stop - kv_start)
+    return (attended > 0).to(torch.int8) + (attended == area).to(torch.int8)
 
 
 def _classify_chunk(keep: Tensor, block_q: int, block_kv: int) -> Tensor:

@@ -54,7 +54,7 @@ def positions(item: Any, size: int, dim: int) -> slice | Tensor:
 
 def block_size(size: Any) -> tuple[int, int]:
     """(queries, keys) of a block, from an int or a pair."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"BLOCK_SIZE is {size!r}; it must be a positive int or a pair of them, (queries, keys)")
     return pair[0], pair[1]

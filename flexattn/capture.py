@@ -71,23 +71,41 @@ def _attention(
 
 
 def block_lists(
-    mask_mod: Callable[..., Tensor], shape: tuple[int, int, int, int], block_size: tuple[int, int], like: Tensor
+    mask_mod: Callable[..., Tensor],
+    shape: tuple[int, int, int, int],
+    block_size: tuple[int, int],
+    like: Tensor,
+    unsaid: tuple[bool, bool] = (False, False),
 ) -> Lists:
-    """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`: see `ops.block_mask`."""
+    """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`: see `ops.block_mask`.
+
+    `unsaid`: whether the caller left B, and H, to be 1. The mask may then not depend on them.
+    """
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
         lists: Lists = captured_call(
-            like, like, like, _identity, ((*shape, *block_size), mask_mod), 1.0, {"sizes": None}
+            like, like, like, _identity, ((*shape, *block_size, *unsaid), mask_mod), 1.0, {"sizes": None}
         )
         return lists
-    return _block_lists(mask_mod, shape, block_size, like)
+    return _block_lists(mask_mod, shape, block_size, like, unsaid)
 
 
 def _block_lists(
-    mask_mod: Callable[..., Tensor], shape: Sequence[int], block_size: Sequence[int], like: Tensor
+    mask_mod: Callable[..., Tensor],
+    shape: Sequence[int],
+    block_size: Sequence[int],
+    like: Tensor,
+    unsaid: Sequence[bool],
 ) -> Lists:
     program, captured, ints = trace(None, mask_mod, device=like.device)
     validate.captured(captured, like.device)
+    mask = variant(program).mask
+    for axis, size, left_out in zip("bh", "BH", unsaid, strict=True):
+        if left_out and mask is not None and axis in mask.axes:
+            raise ValueError(
+                f"the mask depends on {axis}, but {size} is None, which means that it is the same for all. "
+                f"Pass the number of {'batch entries' if axis == 'b' else 'query heads'} as {size}"
+            )
     B, H, Q, KV = shape
     return ops.block_mask(captured, ints, program, B, H, Q, KV, block_size[0], block_size[1], like)
 
@@ -127,8 +145,8 @@ class _CapturedCall(HigherOrderOperator):
             return _single(mask_graph(b, h, q_idx, kv_idx, *mask_captured))
 
         if options["sizes"] is None:
-            B, H, Q, KV, q_block, kv_block = lists[0]
-            return _block_lists(mask_mod, (B, H, Q, KV), (q_block, kv_block), query)
+            *shape, q_block, kv_block, b_unsaid, h_unsaid = lists[0]
+            return _block_lists(mask_mod, shape, (q_block, kv_block), query, (b_unsaid, h_unsaid))
         return _attention(
             query,
             key,

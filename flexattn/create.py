@@ -17,6 +17,14 @@ from .codegen.trace import positional_count, trace
 MaskMod = Callable[..., Tensor]
 
 
+def _shape(B: int | None, H: int | None, Q_LEN: int, KV_LEN: int) -> tuple[int, int, int, int]:
+    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
+    for name, n in zip(("B", "H", "Q_LEN", "KV_LEN"), shape, strict=True):
+        if not isinstance(n, (int, torch.SymInt)) or n < 0:
+            raise ValueError(f"{name} is {n!r}; it must be a size" + (" or None" if name in "BH" else ""))
+    return shape
+
+
 def create_block_mask(
     mask_mod: MaskMod,
     B: int | None,
@@ -45,7 +53,7 @@ def create_block_mask(
 
     Raises:
         TraceError: for a mask that cannot be traced, takes five arguments, or does not return a bool.
-        ValueError: for sizes that are not sizes.
+        ValueError: for sizes that are not sizes, and for B or H of None where the mask depends on the batch or head.
 
     Example:
         >>> import flexattn
@@ -54,13 +62,12 @@ def create_block_mask(
         ([[[1, 1]]], [[[0, 1]]])
     """
     size = block_size(BLOCK_SIZE)
-    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
-    for name, n in zip(("B", "H", "Q_LEN", "KV_LEN"), shape, strict=True):
-        if not isinstance(n, (int, torch.SymInt)) or n < 0:
-            raise ValueError(f"{name} is {n!r}; it must be a size" + (" or None" if name in "BH" else ""))
+    if not callable(mask_mod):
+        raise TypeError(f"mask_mod is a {type(mask_mod).__name__}; pass a function (b, h, q_idx, kv_idx) -> bool")
+    shape = _shape(B, H, Q_LEN, KV_LEN)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    lists = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device))
+    lists = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device), (B is None, H is None))
     if not separate_full_blocks:
         both = BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod).to_dense()
         order = torch.argsort(both, dim=-1, descending=True, stable=True).to(torch.int32)
@@ -91,7 +98,7 @@ def create_mask(
     is_score = positional_count(mod_fn) == 5
     program, captured, ints = trace(mod_fn if is_score else None, None if is_score else mod_fn, device=device)
     parsed = variant(program)
-    shape = (1 if B is None else B, 1 if H is None else H, Q_LEN, KV_LEN)
+    shape = _shape(B, H, Q_LEN, KV_LEN)
     named = {
         name: torch.arange(n, dtype=torch.int32, device=device).view([-1 if i == d else 1 for i in range(4)])
         for d, (name, n) in enumerate(zip(("b", "h", "q_idx", "kv_idx"), shape, strict=True))

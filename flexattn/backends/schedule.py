@@ -55,6 +55,8 @@ def schedule(
     `max_rows` rows.
     """
     B, H, L, S = shape
+    if B == 0 or H == 0:
+        return ()
     if not block_mask:
         spans = (Span(0, S, True),) if S else ()
         tiles = tuple(Tile(q, min(q + max_rows, L), spans) for q in range(0, L, max_rows))
@@ -74,7 +76,7 @@ def schedule(
 def _differs_along(dim: int, lists: Sequence[Tensor]) -> bool:
     """Whether the lists of some batch entry (0) or head (1) differ from the first one's in what counts."""
     for count, index in zip(lists[0::2], lists[1::2], strict=True):
-        if count.shape[dim] == 1:
+        if count.shape[dim] <= 1:
             continue
         if not torch.equal(count, count.narrow(dim, 0, 1).expand_as(count)):
             return True

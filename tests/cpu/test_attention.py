@@ -295,6 +295,8 @@ def test_no_heads_and_no_batch_are_sizes_too() -> None:
         q = torch.randn(B, H, 5, 4, requires_grad=True)
         out = flex_attention(q, q, q, mask_mod=masks.causal_mask)
         assert out.shape == (B, H, 5, 4)
+        by_both = create_block_mask(lambda b, h, i, j: i >= j + b + h, B, H, 5, 5, "cpu")
+        assert flex_attention(q, q, q, block_mask=by_both).shape == (B, H, 5, 4)
         out.sum().backward()
 
 

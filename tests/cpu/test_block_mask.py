@@ -46,8 +46,8 @@ def dense_of(mask: BlockMask) -> Tensor:
     q_len=st.integers(1, 150),
     kv_len=st.integers(1, 150),
     block=st.sampled_from([16, 32, 128, (16, 48), (64, 16)]),
-    B=st.sampled_from([None, 2]),
-    H=st.sampled_from([None, 4]),
+    B=st.sampled_from([1, 2]),
+    H=st.sampled_from([1, 4]),
 )
 def test_lists_are_those_of_pytorch(mod: Any, q_len: int, kv_len: int, block: Any, B: Any, H: Any) -> None:
     f = mod.bind(environment())
@@ -90,6 +90,16 @@ def test_create_block_mask_refuses_what_is_no_mask() -> None:
         create_block_mask(lambda b, h, i, j: i - j, None, None, 8, 8, "cpu")
     with pytest.raises(ValueError, match="BLOCK_SIZE is 0"):
         create_block_mask(masks.causal_mask, None, None, 8, 8, "cpu", 0)
+    with pytest.raises(ValueError, match="the mask depends on b, but B is None"):
+        create_block_mask(lambda b, h, i, j: i >= j + b, None, None, 8, 8, "cpu")
+    with pytest.raises(ValueError, match="Pass the number of query heads as H"):
+        create_block_mask(lambda b, h, i, j: i >= j + h, None, None, 8, 8, "cpu")
+    with pytest.raises(TypeError, match="mask_mod is a NoneType"):
+        create_block_mask(None, None, None, 8, 8, "cpu")
+    with pytest.raises(ValueError, match=r"BLOCK_SIZE is 1\.5"):
+        create_block_mask(masks.causal_mask, None, None, 8, 8, "cpu", 1.5)
+    with pytest.raises(ValueError, match="KV_LEN is -3"):
+        create_mask(masks.causal_mask, None, None, 8, -3, "cpu")
     with pytest.raises(ValueError, match="Q_LEN is -1"):
         create_block_mask(masks.causal_mask, None, None, -1, 8, "cpu")
 
@@ -164,7 +174,7 @@ def test_slices_of_slices_compose() -> None:
 
 
 def test_slicing_a_broadcast_dimension_does_not_shift_the_mask() -> None:
-    mask = create_block_mask(lambda b, h, i, j: i >= j + b * 1000, None, None, 40, 40, "cpu", 20)
+    mask = create_block_mask(lambda b, h, i, j: i >= j + b * 1000, 1, 1, 40, 40, "cpu", 20)
     assert torch.equal(dense_of(mask[0, 0]), dense_of(mask))
 
 
@@ -348,6 +358,16 @@ def test_pictures() -> None:
     assert many.startswith("(batch 0, head 0)\n") and many.endswith("... and 4 more")
 
 
+def test_a_block_far_larger_than_the_sequence_costs_no_more_than_the_sequence() -> None:
+    mask = create_block_mask(masks.causal_mask, None, None, 4, 4, "cpu", 2**30)
+    assert mask.kv_num_blocks.tolist() == [[[1]]]
+    q = torch.randn(1, 1, 4, 8)
+    torch.testing.assert_close(
+        flex_attention(q, q, q, block_mask=mask),
+        flex_attention(q, q, q, mask_mod=masks.causal_mask),
+    )
+
+
 def test_building_evaluates_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from flexattn.codegen import tiles
 
@@ -364,7 +384,7 @@ def test_building_evaluates_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tiles, "evaluate", watched)
     pieces = create_block_mask(per_batch_and_head, 3, 2, 160, 160, "cpu", 20)
     monkeypatch.undo()
-    assert largest <= 3 * 2 * 20 * 20  # no piece exceeds one block of each batch entry and head
+    assert largest <= 40 * 40
     whole = create_block_mask(per_batch_and_head, 3, 2, 160, 160, "cpu", 20)
     assert torch.equal(dense_of(pieces), dense_of(whole))
     assert listed(pieces.kv_num_blocks, pieces.kv_indices) == listed(whole.kv_num_blocks, whole.kv_indices)

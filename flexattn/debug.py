@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends.tiled import Walk
-from .codegen.evaluate import evaluate
+from .codegen.evaluate import Inputs, evaluate
 from .codegen.formula import formula
 from .codegen.ir import Node, Op, walk
 from .problem import Problem
@@ -74,17 +74,17 @@ def check_indices(problem: Problem) -> None:
                         _check(load, problem, chunk.inputs.fork({"score": score}), keep)
 
 
-def _check(load: Node, problem: Problem, inputs: object, keep: Tensor) -> None:
+def _check(load: Node, problem: Problem, inputs: Inputs, keep: Tensor) -> None:
     base, *index = load.args
     assert isinstance(base.value, tuple)
     sizes = problem.captured[base.value[0]].shape
-    for dim, (value, size) in enumerate(zip(evaluate(index, inputs), sizes, strict=True)):  # type: ignore[arg-type]
+    for dim, (value, size) in enumerate(zip(evaluate(index, inputs), sizes, strict=True)):
         wrong = ((value < -size) | (value >= size)) & keep
         if not bool(wrong.any()):
             continue
         place = wrong.nonzero()[0].tolist()
         place = [0] * (5 - len(place)) + place
-        named = inputs.named  # type: ignore[attr-defined]
+        named = inputs.named
         at = {}
         for name in ("b", "h", "q_idx", "kv_idx"):
             t = named[name]

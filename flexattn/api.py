@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import capture, validate
 from .block_mask import BlockMask
-from .config import check_kernel_options
+from .kernel_options import check_kernel_options, options_text
 from .mask_cache import cached_block_mask
 from .notices import say_once
 
@@ -129,12 +129,12 @@ def flex_attention(
         scale: factor of the dot products. Default 1 / sqrt(E).
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return the lse, [B, Hq, L]. Kept for PyTorch's sake; prefer `return_aux`.
-        kernel_options: tuning of GPU kernels, see `flexattn.config.OPTIONS`; never changes a result.
+        kernel_options: tuning of GPU kernels, see `flexattn.kernel_options.OPTIONS`; never changes a result.
         return_aux: which auxiliary outputs to return.
         mask_mod: function `(b, h, q_idx, kv_idx) -> bool`, True = attend. Its block mask is built for this shape and
             cached; give either this or `block_mask`.
-        backend: "tiled" (blocked, linear memory, any device), "reference" (dense, for checking), or "auto", the fastest
-            one for the device.
+        backend: "triton" (fused kernels; CUDA, ROCm, and the CPU under TRITON_INTERPRET=1), "tiled" (torch operators,
+            linear memory, any device), "reference" (dense, for checking), or "auto", the fastest one for the device.
 
     Returns:
         out [B, Hq, L, Ev] in the query's dtype and order of dimensions; `(out, lse)` with `return_lse`;
@@ -161,7 +161,7 @@ def flex_attention(
     """
     validate.choices(block_mask, mask_mod, return_lse, return_aux, backend, scale)
     validate.tensors(query, key, value, enable_gqa)
-    check_kernel_options(kernel_options)
+    options = check_kernel_options(kernel_options)
     query, key, value = _autocast(query, key, value)
     if mask_mod is not None:
         block_mask = cached_block_mask(mask_mod, query, key)
@@ -182,7 +182,8 @@ def flex_attention(
         lists,
         block_size,
         scale,
-        _choose_backend(backend, query.device.type),
+        _choose_backend(backend, query, value),
+        options_text(options),
     )
     if return_aux is not None:
         aux = AuxOutput(lse if return_aux.lse else None, max_scores if return_aux.max_scores else None)
@@ -203,12 +204,18 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
-def _choose_backend(backend: str, device: str) -> str:
+def _choose_backend(backend: str, query: Tensor, value: Tensor) -> str:
+    """The backend to use. Raises `ValueError` if the caller chose one that cannot do this."""
+    lacking = validate.triton_refusal(query, value)
+    if backend == "triton" and lacking:
+        raise ValueError(f"backend='triton' {lacking}. Use backend='tiled', or leave the choice to backend='auto'")
     if backend != "auto":
         return backend
-    if device != "cpu" and not torch.compiler.is_compiling():
+    if query.device.type == "cpu":
+        return "tiled"
+    if lacking and not torch.compiler.is_compiling():
         say_once(
-            f"flex_attention runs on {device} by torch operators (backend 'tiled'): memory is linear, but it is slower "
-            "than a fused kernel. Pass backend='tiled' to accept this without a warning."
+            f"flex_attention runs by torch operators (backend 'tiled'), since the fused kernel {lacking}: memory is "
+            "linear, but it is slower. Pass backend='tiled' to accept this without a warning."
         )
-    return "tiled"
+    return "tiled" if lacking else "triton"

@@ -38,14 +38,15 @@ def attention(
     block_size: tuple[int, int],
     scale: float,
     backend: str,
+    options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, lse and max_scores of an attention call whose arguments have been validated."""
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
         blocks = (*block_mask, mask_mod or _full)
-        options = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend}
-        return captured_call(query, key, value, score_mod or _identity, blocks, scale, {**options, "sizes": block_size})
-    return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend)
+        given = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend, "options": options}
+        return captured_call(query, key, value, score_mod or _identity, blocks, scale, {**given, "sizes": block_size})
+    return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend, options)
 
 
 def _attention(
@@ -58,6 +59,7 @@ def _attention(
     block_size: tuple[int, int],
     scale: float,
     backend: str,
+    options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
@@ -65,7 +67,7 @@ def _attention(
     if debugging():
         check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
     result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
-        query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend
+        query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend, options
     )
     return result
 
@@ -157,6 +159,7 @@ class _CapturedCall(HigherOrderOperator):
             options["sizes"],
             scale,
             options["backend"],
+            options["options"],
         )
 
 

@@ -1,76 +1,125 @@
-"""Options of the kernels that a user may pin, as one table: name, type, and what it does.
+"""Configurations of the kernels: tiles, warps and pipeline depth, by pass, head dimension, dtype and architecture.
 
-The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
-kernels and never change a result; the tiled and reference backends have nothing to tune and accept them without effect.
+A *chain* is a list to be tried in order: the first configuration that fits the device's shared memory and compiles
+without spilled registers is taken. It begins with what the table recommends and goes down to what fits anywhere.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+Pass = Literal["forward", "dq", "dkdv"]
 
 
-class Option(NamedTuple):
-    """What a value of the option must be, and its meaning."""
+class KernelConfig(NamedTuple):
+    """One way to compile a kernel.
 
-    kind: str  # "power of two", "positive integer", "bool" or "backend"
-    meaning: str
+    Attributes:
+        BLOCK_M: query rows of a tile, a power of two, at least 16.
+        BLOCK_N: keys of a tile, likewise.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
 
 
-_TILE = "power of two"
+class Pinned(NamedTuple):
+    """The parts of a configuration that the caller insists on; None is free."""
 
-OPTIONS: dict[str, Option] = {
-    "BLOCK_M": Option(_TILE, "query rows of a forward tile"),
-    "BLOCK_N": Option(_TILE, "keys of a forward tile"),
-    "BLOCK_M1": Option(_TILE, "query rows of a tile in the dK/dV pass"),
-    "BLOCK_N1": Option(_TILE, "keys of a tile in the dK/dV pass"),
-    "BLOCK_M2": Option(_TILE, "query rows of a tile in the dQ pass"),
-    "BLOCK_N2": Option(_TILE, "keys of a tile in the dQ pass"),
-    "num_warps": Option(_TILE, "warps of a program"),
-    "num_stages": Option("positive integer", "depth of the software pipeline"),
-    "SPLIT_KV": Option("positive integer", "parts the keys are split into for decoding"),
-    "PRESCALE_QK": Option("bool", "scale the query before the product; the score a mod sees is the same"),
-    "ROWS_GUARANTEED_SAFE": Option("bool", "every row attends to some key"),
-    "BLOCKS_ARE_CONTIGUOUS": Option("bool", "the listed key blocks of a row are adjacent"),
-    "WRITE_DQ": Option("bool", "which backward pass writes the gradients of captured tensors"),
-    "FORCE_USE_FLEX_ATTENTION": Option("bool", "never use a decoding kernel"),
-    "USE_TMA": Option("bool", "load tiles through tensor descriptors"),
-    "BACKEND": Option("backend", 'PyTorch\'s choice of kernel; "AUTO" and "TRITON" are accepted'),
-    "kpack": Option("positive integer", "AMD: packing of the matrix operands"),
-    "matrix_instr_nonkdim": Option("positive integer", "AMD: shape of the matrix instruction"),
-    "waves_per_eu": Option("positive integer", "AMD: occupancy target"),
+    BLOCK_M: int | None = None
+    BLOCK_N: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+
+
+_C = KernelConfig
+
+# By (pass, family, bytes of an element), then by the padded head dimension up to which a row serves.
+# Starting points: the heuristics of PyTorch's flex_attention for the same GPUs, corrected by what compiles without spills.
+RECOMMENDED: dict[tuple[Pass, str, int], dict[int, KernelConfig]] = {
+    ("forward", "hopper", 2): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 64, 8, 2)},
+    ("forward", "datacenter", 2): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(64, 64, 4, 2)},
+    ("forward", "consumer", 2): {64: _C(128, 64, 4, 3), 128: _C(128, 32, 4, 3), 256: _C(64, 32, 4, 2)},
+    ("forward", "amd", 2): {64: _C(128, 64, 4, 1), 128: _C(128, 64, 4, 1), 256: _C(64, 32, 4, 1)},
+    ("dq", "hopper", 2): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 2), 256: _C(64, 64, 8, 2)},
+    ("dq", "datacenter", 2): {64: _C(128, 64, 8, 3), 128: _C(64, 64, 4, 2), 256: _C(64, 32, 4, 1)},
+    ("dq", "consumer", 2): {64: _C(64, 64, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 1)},
+    ("dq", "amd", 2): {64: _C(64, 64, 4, 1), 128: _C(64, 32, 4, 1), 256: _C(32, 32, 4, 1)},
+    ("dkdv", "hopper", 2): {64: _C(64, 128, 8, 3), 128: _C(64, 128, 8, 2), 256: _C(32, 64, 8, 2)},
+    ("dkdv", "datacenter", 2): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
+    ("dkdv", "consumer", 2): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
+    ("dkdv", "amd", 2): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},
+    ("forward", "any", 4): {64: _C(128, 32, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 2)},
+    ("dq", "any", 4): {64: _C(64, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 32, 4, 1)},
+    ("dkdv", "any", 4): {64: _C(32, 64, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 16, 4, 1)},
 }
-PREFIXES = ("fwd_", "bwd_")
+
+# What is tried after the recommendation, largest first.
+LADDER = (
+    _C(128, 64, 8, 2),
+    _C(64, 64, 8, 2),
+    _C(64, 64, 4, 2),
+    _C(64, 32, 4, 2),
+    _C(32, 64, 4, 2),
+    _C(32, 32, 4, 2),
+    _C(32, 32, 4, 1),
+    _C(16, 32, 4, 1),
+    _C(32, 16, 4, 1),
+    _C(16, 16, 4, 1),
+)
 
 
-def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options as a dict. Raises `ValueError` for an unknown name or a value it cannot take."""
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping):
-        raise TypeError(f"kernel_options is a {type(options).__name__}; pass a dict such as {{'BLOCK_M': 64}}")
-    for name, value in options.items():
-        bare = name[4:] if isinstance(name, str) and name.startswith(PREFIXES) else name
-        if bare not in OPTIONS:
-            close = difflib.get_close_matches(str(bare), OPTIONS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(
-                f"unknown kernel option {name!r}; {hint}Known options, each with an optional prefix fwd_ or bwd_: "
-                + ", ".join(OPTIONS)
-            )
-        kind = OPTIONS[bare].kind
-        if not _fits(kind, value):
-            allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
-            raise ValueError(f"kernel option {name!r} is {value!r}; it must be {allowed}")
-    return dict(options)
+def family(backend: str, arch: int | str) -> str:
+    """The row of the table for a target: backend "cuda" with compute capability 90, or "hip" with "gfx942"."""
+    if backend == "hip":
+        return "amd"
+    if arch in (90, 100, 103):
+        return "hopper"
+    return "datacenter" if arch == 80 else "consumer"
 
 
-def _fits(kind: str, value: Any) -> bool:
-    if kind == "bool":
-        return isinstance(value, bool)
-    if kind == "backend":
-        return value in ("AUTO", "TRITON")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        return False
-    return kind != "power of two" or value & (value - 1) == 0
+def chain(
+    which: Pass, backend: str, arch: int | str, itemsize: int, head_dim: int, pinned: Pinned = Pinned()
+) -> tuple[KernelConfig, ...]:
+    """Configurations to try, in order. `head_dim` is the larger of the two padded head dimensions.
+
+    What is pinned is the same in all of them.
+    """
+    rows = RECOMMENDED[(which, "any", 4) if itemsize == 4 else (which, family(backend, arch), 2)]
+    first = rows[min((d for d in rows if d >= head_dim), default=max(rows))]
+    stages = 1 if backend == "hip" else 2
+    smaller = [c for c in LADDER if c.BLOCK_M * c.BLOCK_N <= first.BLOCK_M * first.BLOCK_N]
+    candidates = [first, first._replace(num_stages=stages), *smaller]
+    if which == "dkdv":  # the program's own side is the keys'
+        candidates[2:] = [c._replace(BLOCK_M=c.BLOCK_N, BLOCK_N=c.BLOCK_M) for c in smaller]
+    fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
+    return tuple(dict.fromkeys(c._replace(**fixed) for c in candidates))
+
+
+def pinned(which: Pass, options: Mapping[str, Any]) -> Pinned:
+    """What checked kernel options say about one pass. A prefixed name, `fwd_num_warps`, goes before the bare one."""
+    prefix = "fwd_" if which == "forward" else "bwd_"
+    suffix = {"forward": "", "dkdv": "1", "dq": "2"}[which]
+
+    def value(name: str) -> Any:
+        return options.get(prefix + name, options.get(name))
+
+    return Pinned(value(f"BLOCK_M{suffix}"), value(f"BLOCK_N{suffix}"), value("num_warps"), value("num_stages"))
+
+
+def fitted(tile: int, block: int) -> int:
+    """The size of a tile inside a sparse block: `tile`, halved until it divides the block.
+
+    A block that no power of two from 16 on divides is covered by tiles that reach beyond it.
+    """
+    dividing = tile
+    while dividing > 16 and block % dividing:
+        dividing //= 2
+    if block % dividing == 0:
+        return dividing
+    return min(tile, max(16, 1 << (min(block, 64) - 1).bit_length()))

@@ -9,6 +9,7 @@ The autograd kernel is registered by hand: `torch.library.register_autograd` cos
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,12 +22,13 @@ from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
 from .codegen.tiles import FULL, PARTIAL, classify
+from .kernel_options import parsed_options
 from .layout import empty_like_strides
 from .problem import Problem
 
 _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, {}Tensor[] captured, Tensor[] block_mask, SymInt[] ints, "
-    "SymInt[] block_size, str program, float scale, str backend"
+    "SymInt[] block_size, str program, float scale, str backend, str options"
 )
 _LIBRARY = torch.library.Library("flexattn", "DEF")
 _LIBRARY.define(f"forward({_OPERANDS.format('')}) -> (Tensor out, Tensor lse, Tensor max_scores)")
@@ -39,7 +41,12 @@ _LIBRARY.define(
     " -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices)"
 )
 
-BACKENDS = ("tiled", "reference")
+BACKENDS = ("triton", "tiled", "reference")
+
+
+def triton_backend() -> Any:
+    """`backends.triton`, imported when it is first used: Triton exists on Linux only and takes a while to import."""
+    return importlib.import_module(f"{__package__}.backends.triton")
 
 
 def _forward(
@@ -53,6 +60,7 @@ def _forward(
     program: str,
     scale: float,
     backend: str,
+    options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = (block_size[0], block_size[1])
     problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
@@ -63,6 +71,8 @@ def _forward(
             dense.lse.contiguous(),
             dense.max_scores.contiguous(),
         )
+    if backend == "triton":
+        return triton_backend().forward(problem, parsed_options(options))
     return tiled.forward(problem)
 
 
@@ -81,11 +91,17 @@ def _backward(
     program: str,
     scale: float,
     backend: str,
+    options: str,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     blocks = (block_size[0], block_size[1])
     problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
-    if backend != "reference":
+    if backend == "triton":
+        dq, dk, dv, dcaptured = triton_backend().backward(
+            problem, out, lse, dout, dlse, wanted, parsed_options(options)
+        )
+        return dq, dk, dv, dcaptured
+    if backend == "tiled":
         dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
         return dq, dk, dv, dcaptured
     # On a thread of its own: an operator's kernel may run where autograd is switched off.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from .block_mask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKENDS = ("auto", "tiled", "reference")
+BACKENDS = ("auto", "triton", "tiled", "reference")
+MAX_HEAD_DIM = 256  # of the fused kernels
 
 
 def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -119,3 +121,26 @@ def choices(block_mask: Any, mask_mod: Any, return_lse: bool, return_aux: Any, b
             f"scale is a {type(scale).__name__}; pass a Python number, or multiply the score by the tensor in a score_mod: "
             "lambda score, b, h, q_idx, kv_idx: score * scale"
         )
+
+
+def triton_refusal(query: Tensor, value: Tensor) -> str:
+    """Why the Triton kernels cannot take these tensors, as the rest of a sentence; empty if they can."""
+    if sys.platform != "linux":
+        return f"needs Triton, which does not exist for {sys.platform}"
+    if query.device.type == "cpu":
+        if not _interpreted():
+            return "runs on GPUs; on a CPU it needs the environment variable TRITON_INTERPRET=1 before Triton is imported"
+    elif query.device.type != "cuda":
+        return f"does not know the device {query.device.type}"
+    if query.dtype is torch.float64:
+        return "computes scores in float32, not in float64"
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        return f"takes head dimensions up to {MAX_HEAD_DIM}, not {query.shape[-1]} and {value.shape[-1]}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from .backends.target import interpreted
+
+    return interpreted()

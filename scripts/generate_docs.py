@@ -15,7 +15,7 @@ from flexattn.codegen.ir import DType, Node, Op, input_node
 from flexattn.codegen.promotion import cast
 from flexattn.codegen.spec import SIGNATURES
 from flexattn.codegen.spellings import ALIASES, RANDOM
-from flexattn.config import OPTIONS, PREFIXES
+from flexattn.kernel_options import OPTIONS, PREFIXES
 
 CLASSES = {"b": "bool", "i": "integer", "f": "float"}
 # Classes of operands and the dtype that stands for each.

@@ -127,7 +127,7 @@ def run(
         problem = Problem(q, k, v, captured, lists, ints, shape.block, variant(program), 0.3)
         out, lse, top = reference.attention(problem, products=q.dtype)
     else:
-        out, lse, top = ops.FORWARD(q, k, v, captured, lists, ints, shape.block, program, 0.3, backend)
+        out, lse, top = ops.FORWARD(q, k, v, captured, lists, ints, shape.block, program, 0.3, backend, "")
     dout, dlse = (s.to(o.dtype) for s, o in zip(seeds, (out, lse), strict=True))
     dlse = torch.where(torch.isfinite(lse), dlse, 0)
     used = [t for t in learned if any(t is c for c in captured)]

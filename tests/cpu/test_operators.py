@@ -21,7 +21,7 @@ def operands(requires_grad: bool) -> list[Any]:
     bias = torch.randn(4, requires_grad=requires_grad)
     program, captured, ints = trace(lambda s, b, h, i, j: s * 0.5 + bias[h] * i, masks.causal_mask)
     lists = list(create_block_mask(masks.causal_mask, None, None, 40, 40, "cpu", 16).kv_lists())
-    return [q, k, v, captured, lists, ints, [16, 16], program, 0.3, "tiled"]
+    return [q, k, v, captured, lists, ints, [16, 16], program, 0.3, "tiled", ""]
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])

@@ -1,0 +1,155 @@
+"""Device functions that generated code calls where Triton has no operation with torch's meaning.
+
+Written in Triton's own operations, so that the compiler, for any target, and the interpreter compute the same.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+HALF_PI = tl.constexpr(1.5707963267948966)
+QUARTER_PI = tl.constexpr(0.7853981633974483)
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bit of a float32 below one
+
+
+@triton.jit
+def wrap_index(index, size):
+    """`index` as torch reads it, -1 being the last element; out of range, the nearest element that exists."""
+    index = tl.where(index < 0, index + size, index)
+    return tl.minimum(tl.maximum(index, 0), size - 1)
+
+
+@triton.jit
+def bound_index(index, size):
+    """`wrap_index` of an index that is never negative."""
+    return tl.minimum(index, size - 1)
+
+
+@triton.jit
+def floor_divide(x, y):
+    """Integer division that rounds down; Triton's own rounds towards zero."""
+    quotient = x // y
+    remainder = x - quotient * y
+    return tl.where((remainder != 0) & ((remainder < 0) != (y < 0)), quotient - 1, quotient)
+
+
+@triton.jit
+def remainder(x, y):
+    """Integer remainder with the sign of the divisor; Triton's own has that of the dividend."""
+    result = x % y
+    return tl.where((result != 0) & ((result < 0) != (y < 0)), result + y, result)
+
+
+@triton.jit
+def truncate(x):
+    """The integer next to `x` towards zero."""
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def fmod(x, y):
+    """Remainder of floats with the sign of the dividend."""
+    return x - truncate(x / y) * y
+
+
+@triton.jit
+def float_remainder(x, y):
+    """Remainder of floats with the sign of the divisor."""
+    return x - tl.floor(x / y) * y
+
+
+@triton.jit
+def round_even(x):
+    """The nearest integer, ties to even."""
+    small = tl.abs(x) < 4194304.0
+    return tl.where(small, (x + ROUNDING) - ROUNDING, x)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; 0 for nan."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def shift_left(x, y, BITS: tl.constexpr):
+    """`x << y`, and 0 for a shift that is negative or as wide as the type."""
+    inside = (y >= 0) & (y < BITS)
+    return tl.where(inside, x << tl.where(inside, y, 0), 0)
+
+
+@triton.jit
+def shift_right(x, y, BITS: tl.constexpr):
+    """`x >> y`; shifted out entirely for a shift that is negative or as wide as the type."""
+    inside = (y >= 0) & (y < BITS)
+    return x >> tl.where(inside, y, BITS - 1)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, to a few roundings relative to the result."""
+    t = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    large = (1 - t) / (1 + t)
+    s = x * x
+    # Taylor series: below 0.25 the terms left out are smaller than a rounding.
+    series = s * (-0.3333333333333 + s * (0.1333333333333 + s * (-0.0539682539683 + s * 0.0218694885362)))
+    return tl.where(tl.abs(x) < 0.25, x + x * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 without cancellation near zero."""
+    t = tanh(x * 0.5)
+    return tl.where(tl.abs(x) < 0.5, 2 * t / (1 - t), tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) without cancellation near zero: the rounding error of 1 + x is divided out (Kahan)."""
+    u = 1 + x
+    exact = (u == 1) | (u == float("inf"))
+    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def atan(x):
+    """Inverse tangent: argument brought below tan(pi/8), then the polynomial of Cephes' atanf (Moshier)."""
+    a = tl.abs(x)
+    far = a > 2.414213562373095
+    near = a < 0.4142135623730950
+    z = tl.where(far, -1 / a, tl.where(near, a, (a - 1) / (a + 1)))
+    s = z * z
+    series = s * (-3.33329491539e-1 + s * (1.99777106478e-1 + s * (-1.38776856032e-1 + s * 8.05374449538e-2)))
+    result = z + z * series + tl.where(far, HALF_PI, tl.where(near, 0.0, QUARTER_PI))
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def power(x, y):
+    """x ** y for floats, with torch's values at zero and for negative bases."""
+    magnitude = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = whole & (tl.floor(y * 0.5) * 2 != y)
+    signed = tl.where(odd & (x < 0), -magnitude, magnitude)
+    result = tl.where((x < 0) & (whole == 0), float("nan"), signed)
+    return tl.where((y == 0) | (x == 1), 1.0, result)
+
+
+@triton.jit
+def integer_power(x, y):
+    """x ** y for integers, y >= 0, by repeated squaring."""
+    result = x * 0 + 1
+    for _ in tl.static_range(6):
+        result = tl.where((y & 1) == 1, result * x, result)
+        x = x * x
+        y = y >> 1
+    return result

@@ -1,0 +1,390 @@
+"""Graphs to the text of Triton functions: one variant in, the source of its device functions out.
+
+    score_mod(score, b, h, q_idx, kv_idx, captured)                      the modified score
+    mask_mod(b, h, q_idx, kv_idx, captured)                              True = attend
+    score_mod_grad(grad, score, b, h, q_idx, kv_idx, captured)           d loss / d score
+    captured_grads(grad, score, b, h, q_idx, kv_idx, keep, captured, dcaptured, Q_AXIS)
+                                                                         adds to the gradients of captured tensors
+
+Indices and scores are tensors that broadcast against the score's tile; Q_AXIS is the axis of the tile along which q_idx
+runs. `captured` is a flat tuple: pointer, sizes and strides of c0, the same of c1, ..., the run-time floats, the
+run-time ints. `dcaptured` holds pointer and strides of each wanted gradient. The text is the same for the same graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from .formula import formula
+from .ir import DType, Node, Op, walk
+from .pipeline import Variant
+
+TRITON_DTYPE = {d: "int1" if d is DType.BOOL else d.value for d in DType}
+BITS = {DType.UINT8: 8, DType.INT8: 8, DType.INT16: 16, DType.INT32: 32, DType.INT64: 64}
+_LOW = frozenset((DType.FLOAT16, DType.BFLOAT16))  # computed in float32, rounded after every operation
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+_INDICES = "b, h, q_idx, kv_idx"
+
+
+class Dialect(NamedTuple):
+    """The language that is printed: what its module is called."""
+
+    prefix: str
+
+
+TRITON = Dialect("tl")
+
+
+class Function(NamedTuple):
+    """A device function: its role, its content-derived name, its text, and the operation that each line computes.
+
+    Lines are counted from 1; that of `def` is `first_line`, comments stand above it.
+    """
+
+    role: str
+    name: str
+    source: str
+    first_line: int
+    lines: dict[int, Node]
+
+
+class Functions(NamedTuple):
+    """What a variant's kernels call; None where the template does without (identity, no mask, nothing wanted)."""
+
+    score_mod: Function | None
+    mask_mod: Function | None
+    score_mod_grad: Function | None
+    captured_grads: Function | None
+
+
+Speller = Callable[[Node, list[str], str], str]
+
+
+def _call(name: str) -> Speller:
+    return lambda node, args, tl: f"{tl}.{name}({', '.join(args)})"
+
+
+def _device(name: str) -> Speller:
+    return lambda node, args, tl: f"device.{name}({', '.join(args)})"
+
+
+def _infix(sign: str) -> Speller:
+    return lambda node, args, tl: f"{args[0]} {sign} {args[1]}"
+
+
+def _by_type(integer: Speller, floating: Speller) -> Speller:
+    return lambda node, args, tl: (floating if node.lhs.dtype.is_float else integer)(node, args, tl)
+
+
+def _extremum(name: str) -> Speller:
+    """torch's maximum and minimum give nan if an operand is nan."""
+    return _by_type(
+        _call(name), lambda node, args, tl: f"{tl}.{name}({args[0]}, {args[1]}, propagate_nan={tl}.PropagateNan.ALL)"
+    )
+
+
+def _integer_division(exact: str, device: str) -> Speller:
+    """Triton's operator where neither operand can be negative, else the function that rounds as torch does."""
+
+    def spell(node: Node, args: list[str], tl: str) -> str:
+        plain = never_negative(node.lhs) and never_negative(node.rhs)
+        return f"{args[0]} {exact} {args[1]}" if plain else f"device.{device}({args[0]}, {args[1]})"
+
+    return spell
+
+
+def _shift(sign: str, device: str) -> Speller:
+    def spell(node: Node, args: list[str], tl: str) -> str:
+        bits, by = BITS[node.dtype], node.rhs.value
+        if node.rhs.is_const and isinstance(by, int) and 0 <= by < bits:
+            return f"{args[0]} {sign} {args[1]}"
+        return f"device.{device}({args[0]}, {args[1]}, {bits})"
+
+    return spell
+
+
+def _power(node: Node, args: list[str], tl: str) -> str:
+    x, exponent = args[0], node.rhs.value
+    if node.rhs.is_const and isinstance(exponent, (int, float)) and math.isfinite(exponent):
+        if exponent == int(exponent) and 1 <= exponent <= 4:
+            return " * ".join([x] * int(exponent))
+        if node.dtype.is_float and exponent in (0.5, -0.5, -1.0):
+            return {0.5: f"{tl}.sqrt({x})", -0.5: f"{tl}.rsqrt({x})", -1.0: f"1.0 / {x}"}[exponent]
+    return f"device.{'power' if node.dtype.is_float else 'integer_power'}({x}, {args[1]})"
+
+
+SPELLING: dict[Op, Speller] = {
+    Op.DETACH: lambda node, args, tl: args[0],
+    Op.ADD: _infix("+"),
+    Op.SUB: _infix("-"),
+    Op.MUL: _infix("*"),
+    Op.DIV: _infix("/"),
+    Op.FLOORDIV: _by_type(
+        _integer_division("//", "floor_divide"), lambda node, args, tl: f"{tl}.floor({args[0]} / {args[1]})"
+    ),
+    Op.TRUNCDIV: _by_type(_infix("//"), lambda node, args, tl: f"device.truncate({args[0]} / {args[1]})"),
+    Op.MOD: _by_type(_integer_division("%", "remainder"), _device("float_remainder")),
+    Op.FMOD: _by_type(_infix("%"), _device("fmod")),
+    Op.POW: _power,
+    Op.MAXIMUM: _extremum("maximum"),
+    Op.MINIMUM: _extremum("minimum"),
+    Op.NEG: lambda node, args, tl: f"-{args[0]}",
+    Op.ABS: _call("abs"),
+    Op.SIGN: _device("sign"),
+    Op.AND: _infix("&"),
+    Op.OR: _infix("|"),
+    Op.XOR: _infix("^"),
+    Op.NOT: lambda node, args, tl: f"{args[0]} == 0" if node.dtype is DType.BOOL else f"~{args[0]}",
+    Op.SHL: _shift("<<", "shift_left"),
+    Op.SHR: _shift(">>", "shift_right"),
+    Op.LT: _infix("<"),
+    Op.LE: _infix("<="),
+    Op.EQ: _infix("=="),
+    Op.NE: _infix("!="),
+    Op.WHERE: _call("where"),
+    Op.EXP: _call("exp"),
+    Op.EXP2: _call("exp2"),
+    Op.EXPM1: _device("expm1"),
+    Op.LOG: _call("log"),
+    Op.LOG2: _call("log2"),
+    Op.LOG1P: _device("log1p"),
+    Op.SQRT: _call("sqrt"),
+    Op.RSQRT: _call("rsqrt"),
+    Op.SIN: _call("sin"),
+    Op.COS: _call("cos"),
+    Op.ATAN: _device("atan"),
+    Op.TANH: _device("tanh"),
+    Op.SIGMOID: _device("sigmoid"),
+    Op.ERF: _call("erf"),
+    Op.FLOOR: _call("floor"),
+    Op.CEIL: _call("ceil"),
+    Op.ROUND: _device("round_even"),
+    Op.TRUNC: _device("truncate"),
+}
+
+
+def never_negative(node: Node) -> bool:
+    """Whether an integer is known to be 0 or more. Sums and products may overflow, so they are not known."""
+    if node.op is Op.CONST:
+        return isinstance(node.value, int) and node.value >= 0
+    if node.op is Op.INPUT:
+        return node.value in ("b", "h", "q_idx", "kv_idx")
+    if node.dtype in (DType.UINT8, DType.BOOL):
+        return True
+    match node.op:
+        case Op.FLOORDIV | Op.MINIMUM:
+            return never_negative(node.lhs) and never_negative(node.rhs)
+        case Op.MAXIMUM | Op.AND:
+            return never_negative(node.lhs) or never_negative(node.rhs)
+        case Op.MOD:
+            return never_negative(node.rhs)
+        case Op.SHR:
+            return never_negative(node.lhs)
+        case Op.WHERE:
+            return never_negative(node.args[1]) and never_negative(node.args[2])
+        case Op.CAST:
+            source = node.lhs.dtype
+            widens = not source.is_float and (source is DType.BOOL or BITS[node.dtype] >= BITS[source])
+            return node.dtype.is_int and widens and never_negative(node.lhs)
+    return False
+
+
+def functions(
+    variant: Variant, wanted: Sequence[int] = (), wide: Collection[int] = (), dialect: Dialect = TRITON
+) -> Functions:
+    """The device functions of a variant.
+
+    `wanted` numbers the captured tensors whose gradients are asked for, in the order of `dcaptured`; `wide` those with
+    more elements than a 32-bit offset reaches.
+    """
+    loads = [(load, grad) for load, grad in variant.derivative.loads if _number(load) in wanted]
+    to_score = variant.derivative.score
+
+    def printer(role: str) -> _Printer:
+        return _Printer(variant, role, dialect.prefix, wide)
+
+    grad_function = None
+    if to_score is None or to_score.op is not Op.INPUT or to_score.value != "grad":
+        grad_function = printer("score_mod_grad").single(to_score, f"grad, score, {_INDICES}, captured")
+    return Functions(
+        printer("score_mod").single(variant.score, f"score, {_INDICES}, captured") if variant.modifies_score else None,
+        None if variant.mask is None else printer("mask_mod").single(variant.mask, f"{_INDICES}, captured"),
+        grad_function,
+        printer("captured_grads").accumulate(loads, wanted) if loads else None,
+    )
+
+
+def captured_positions(variant: Variant) -> tuple[list[int], int, int]:
+    """Where the flat tuple `captured` holds each tensor's pointer, the first run-time float, and the first int."""
+    starts, at = [], 0
+    for _, rank in variant.captured:
+        starts.append(at)
+        at += 1 + 2 * rank
+    return starts, at, at + variant.n_floats
+
+
+class _Printer:
+    """Prints one function."""
+
+    def __init__(self, variant: Variant, role: str, prefix: str, wide: Collection[int]) -> None:
+        self.variant, self.role, self.tl, self.wide = variant, role, prefix, wide
+        self.starts, self.first_float, self.first_int = captured_positions(variant)
+        self.body: list[str] = []
+        self.names: dict[Node, str] = {}
+        self.header: dict[str, str] = {}  # what is unpacked from the tuples
+        self.computes: dict[int, Node] = {}  # which operation a line of the body belongs to
+        self.count = 0
+
+    def single(self, root: Node | None, parameters: str) -> Function:
+        """A function that returns one value."""
+        if root is None:
+            self.body.append(f"return {self.tl}.zeros_like(grad)")
+            return self._finish(parameters, "d score = 0")
+        self._lines([root])
+        result = self.names[root]
+        tile = {"score_mod": "score", "score_mod_grad": "grad"}.get(self.role)
+        if tile is not None and not root.axes & {"score", "grad"}:
+            result = f"{self.tl}.broadcast_to({result}, {tile}.shape)"
+        elif root.is_const or root.op in (Op.INT, Op.FLOAT):
+            result = f"{self.tl}.full((), {result}, {self.tl}.{TRITON_DTYPE[root.dtype]})"
+        self.body.append(f"return {result}")
+        what = {"score_mod": "score'", "mask_mod": "keep", "score_mod_grad": "d score"}[self.role]
+        return self._finish(parameters, formula({what: root}))
+
+    def accumulate(self, loads: Sequence[tuple[Node, Node]], wanted: Sequence[int]) -> Function:
+        """The function that adds each load's gradient to the tensor it read from."""
+        tl = self.tl
+        places, at = {}, 0
+        for number in wanted:
+            places[number] = at
+            at += 1 + self.variant.captured[number][1]
+        notes = []
+        for i, (load, grad) in enumerate(loads):
+            number, index = _number(load), load.args[1:]
+            self._lines([*index, grad])
+            value, axes = f"g{i}", frozenset[str]().union(*(n.axes for n in index))
+            target = self._unpack(f"d{number}", "dcaptured", places[number])
+            self.body.append(f"{value} = {tl}.where(keep, {self.names[grad]}.to({tl}.float32), 0.0)")
+            # What the index does not depend on is summed in the tile, so that one element is added instead of a row.
+            for axis, missing in (("Q_AXIS", "q_idx"), ("1 - Q_AXIS", "kv_idx")):
+                if missing not in axes and "score" not in axes:
+                    self.body.append(f"{value} = {tl}.sum({value}, {axis}, keep_dims=True)")
+            parts = [
+                f"{place} * {self._unpack(f'd{number}_stride{d}', 'dcaptured', places[number] + 1 + d)}"
+                for d, place in enumerate(self._places(load))
+            ]
+            offset = " + ".join(parts) if parts else "0"
+            self.body.append(f"at{i} = {tl}.broadcast_to({target} + ({offset}), {value}.shape)")
+            whole = {"q_idx", "kv_idx"} <= axes or "score" in axes
+            mask = ", mask=keep" if whole else ""
+            self.body.append(f'{tl}.atomic_add(at{i}, {value}{mask}, sem="relaxed")')
+            notes.append(formula({f"d {formula({'': load}).removeprefix(' = ')}": grad}))
+        parameters = f"grad, score, {_INDICES}, keep, captured, dcaptured, Q_AXIS: {tl}.constexpr"
+        return self._finish(parameters, "\n".join(notes))
+
+    def _finish(self, parameters: str, note: str) -> Function:
+        head = [f"# {line}" for line in note.splitlines()]
+        unpacked = [f"    {name} = {value}" for name, value in self.header.items()]
+        signature = f"({parameters}):"
+        body = [f"    {line}" for line in self.body]
+        content = "\n".join([signature, *unpacked, *body])
+        name = f"{self.role}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        source = "\n".join([*head, f"def {name}{signature}", *unpacked, *body]) + "\n"
+        first = len(head) + 1 + len(unpacked) + 1  # counted from 1
+        return Function(self.role, name, source, len(head) + 1, {first + i: node for i, node in self.computes.items()})
+
+    def _unpack(self, name: str, source: str, position: int) -> str:
+        self.header.setdefault(name, f"{source}[{position}]")
+        return name
+
+    def _lines(self, roots: Sequence[Node]) -> None:
+        for node in walk(*roots):
+            if node in self.names:
+                continue
+            if node.op is Op.INPUT:
+                self.names[node] = str(node.value)
+            elif node.op is Op.CONST:
+                self.names[node] = _literal(node, self.tl)
+            elif node.op is Op.CAPTURED:
+                self.names[node] = self._unpack(f"c{_base(node)}", "captured", self.starts[_base(node)])
+            else:
+                self.names[node] = name = f"t{self.count}"
+                self.count += 1
+                self.computes[len(self.body)] = node
+                self.body.append(f"{name} = {self._spell(node)}")
+
+    def _spell(self, node: Node) -> str:
+        tl, dtype = self.tl, f"{self.tl}.{TRITON_DTYPE[node.dtype]}"
+        if node.op is Op.FLOAT:
+            assert isinstance(node.value, int)
+            return f"{tl}.full((), captured[{self.first_float + node.value}], {dtype})"
+        if node.op is Op.INT:
+            assert isinstance(node.value, int)
+            return f"{tl}.full((), captured[{self.first_int + node.value}], {dtype})"
+        if node.op is Op.LOAD:
+            return self._load(node)
+        args = [self.names[a] for a in node.args]
+        if all(a.is_const for a in node.args):  # an operation on literals would be Python's, not the device's
+            args = [_typed(a, tl) for a in node.args]
+        if node.op is Op.CAST:
+            return f"{args[0]}.to({dtype})"
+        if node.lhs.dtype not in _LOW or node.op in (Op.WHERE, Op.DETACH):
+            return SPELLING[node.op](node, args, tl)
+        raised = [f"{a}.to({tl}.float32)" for a in args]
+        text = SPELLING[node.op](node, raised, tl)
+        return text if node.dtype is DType.BOOL else f"({text}).to({dtype})"
+
+    def _load(self, node: Node) -> str:
+        base = self.names[node.args[0]]
+        parts = [base]
+        first = self.starts[_number(node)] + 1
+        rank = len(node.args) - 1
+        for d, place in enumerate(self._places(node)):
+            parts.append(f"{place} * {self._unpack(f'{base}_stride{d}', 'captured', first + rank + d)}")
+        return f"{self.tl}.load({' + '.join(parts)})"
+
+    def _places(self, load: Node) -> list[str]:
+        """The position along each dimension, in range."""
+        number = _number(load)
+        result = []
+        for d, index in enumerate(load.args[1:]):
+            size = self._unpack(f"c{number}_size{d}", "captured", self.starts[number] + 1 + d)
+            function = "bound_index" if never_negative(index) else "wrap_index"
+            text = self.names[index]
+            if index.is_const:
+                text = _typed(index, self.tl)
+            if number in self.wide:
+                text = f"{text}.to({self.tl}.int64)"
+            result.append(f"device.{function}({text}, {size})")
+        return result
+
+
+def _literal(node: Node, tl: str) -> str:
+    """A constant as an operand beside a tensor: bare where Triton gives it the right type by itself."""
+    bare = node.dtype in (DType.FLOAT32, DType.INT32, DType.BOOL)
+    return _number_text(node) if bare else _typed(node, tl)
+
+
+def _typed(node: Node, tl: str) -> str:
+    return f"{tl}.full((), {_number_text(node)}, {tl}.{TRITON_DTYPE[node.dtype]})"
+
+
+def _number_text(node: Node) -> str:
+    value = node.value
+    if not isinstance(value, float):
+        return repr(value)
+    if node.dtype is DType.FLOAT32 and math.isfinite(value) and abs(value) > _LARGEST_FLOAT32:
+        value = math.copysign(math.inf, value)
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
+def _base(captured: Node) -> int:
+    assert isinstance(captured.value, tuple)
+    return captured.value[0]
+
+
+def _number(load: Node) -> int:
+    return _base(load.args[0])

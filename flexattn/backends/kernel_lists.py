@@ -1,0 +1,95 @@
+"""Block lists in the form that kernels read: by query block in ascending order, and by key block.
+
+Made once for a block mask and kept as long as its tensors live and are not written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..block_lists import dense
+from ..templates.arguments import Lists
+
+
+class _Entry(NamedTuple):
+    tensors: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[int, ...]
+    made: object
+
+
+_CACHE: dict[tuple[object, ...], _Entry] = {}
+
+
+def by_query(block_mask: Sequence[Tensor], tile: int, S: int) -> Lists:
+    """The lists of the rows of query blocks. The last key block comes last where a tile would reach beyond `S`."""
+    if S % tile == 0 or len(block_mask) < 4:
+        return _lists(block_mask)
+    return _lists(_kept("sorted", block_mask, (), lambda: _ascending(block_mask)))
+
+
+def by_key(block_mask: Sequence[Tensor], columns: int) -> Lists:
+    """The lists of the key blocks: which of the query blocks attend to each of the `columns`."""
+    return _lists(_kept("transposed", block_mask, (columns,), lambda: _transposed(block_mask, columns)))
+
+
+def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
+    """Whether every list names adjacent blocks in ascending order. Reads the lists: the device is waited for, once."""
+    if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return _kept("contiguous", block_mask, (columns, transposed), lambda: _all_adjacent(block_mask, columns, transposed))
+
+
+def _all_adjacent(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
+    lists = _transposed(block_mask, columns) if transposed else block_mask
+    for count, index in zip(lists[0::2], lists[1::2], strict=True):
+        place = torch.arange(index.shape[-1], device=index.device)
+        if index.shape[-1] and not bool(((index - index[..., :1] == place) | (place >= count.unsqueeze(-1))).all()):
+            return False
+    return True
+
+
+def _kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: Callable[[], object]) -> object:
+    """The result of `make`, remembered for these very tensors in their present state."""
+    if (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()) or any(t.is_inference() for t in tensors):
+        return make()  # a graph must contain the work; an inference tensor does not tell when it is written to
+    key = (what, *map(id, tensors), *rest)
+    versions = tuple(t._version for t in tensors)
+    entry = _CACHE.get(key)
+    if entry is not None and entry.versions == versions and all(
+        r() is t for r, t in zip(entry.tensors, tensors, strict=True)
+    ):
+        return entry.made
+    made = make()
+    references = tuple(weakref.ref(t, lambda _: _CACHE.pop(key, None)) for t in tensors)
+    _CACHE[key] = _Entry(references, versions, made)
+    return made
+
+
+def _ascending(block_mask: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    result = list(block_mask)
+    count, index = block_mask[2], block_mask[3]
+    used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+    result[3] = torch.where(used, index, torch.iinfo(torch.int32).max).sort(-1).values
+    return tuple(result)
+
+
+def _transposed(block_mask: Sequence[Tensor], columns: int) -> tuple[Tensor, ...]:
+    result = []
+    for count, index in zip(block_mask[0::2], block_mask[1::2], strict=True):
+        listed = dense(count, index, columns).mT
+        result.append(listed.sum(-1, dtype=torch.int32))
+        result.append(torch.argsort(listed.int(), dim=-1, descending=True, stable=True).to(torch.int32))
+    return tuple(result)
+
+
+def _lists(tensors: Sequence[Tensor]) -> Lists:
+    held = [t.to(torch.int32).contiguous() for t in tensors]
+    shape = held[0].shape
+    full = (held[2], held[3], held[3].shape[-1]) if len(held) > 2 else (None, None, 0)
+    strides = (shape[1] * shape[2] if shape[0] > 1 else 0, shape[2] if shape[1] > 1 else 0)
+    return Lists(held[0], held[1], held[1].shape[-1], *full, *strides)

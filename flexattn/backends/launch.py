@@ -1,0 +1,166 @@
+"""From a kernel call to a launch: choose the configuration once, then run.
+
+A configuration is chosen by compiling: one that needs more shared memory than the device has, or that spills registers,
+gives way to the next of its chain. The choice is kept for all later calls of the same kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
+
+from ..codegen.jit import function_of_file, function_of_source
+from ..config import KernelConfig, Pass, Pinned, chain
+from ..errors import KernelError
+from .resources import Resources, resources
+from .target import Target, current, interpreted
+
+
+class Call(NamedTuple):
+    """One kernel call, before its configuration is known.
+
+    Attributes:
+        kernel: the Triton function.
+        which: the pass whose configurations are tried.
+        key: all that the choice depends on besides the target.
+        itemsize, head_dim: bytes of an element, and the larger padded head dimension: rows of the table.
+        pinned: what the caller insists on.
+        arguments: name to value, those that a configuration does not change.
+        shaped: the rest, given a configuration: tiles and what follows from them. `grid` is the number of programs.
+        device: where the tensors are.
+    """
+
+    kernel: Any
+    which: Pass
+    key: tuple[Any, ...]
+    itemsize: int
+    head_dim: int
+    pinned: Pinned
+    arguments: dict[str, Any]
+    shaped: Callable[[KernelConfig], dict[str, Any]]
+    device: torch.device
+
+
+class Chosen(NamedTuple):
+    """A configuration, and where it was compiled what it needs."""
+
+    config: KernelConfig
+    resources: Resources | None
+    kernel: Any = None
+
+
+_CHOSEN: dict[tuple[Any, ...], Chosen] = {}
+
+
+def launch(call: Call) -> None:
+    """Run a call with the best configuration for the device of its tensors."""
+    with _on(call.device):
+        run(call, _interpreted(call.pinned) if interpreted() else choose(call, None).config)
+
+
+def run(call: Call, config: KernelConfig) -> None:
+    """Run a call with a given configuration."""
+    shaped = call.shaped(config)
+    grid = (shaped.pop("grid"),)
+    if grid[0] == 0:
+        return
+    with _on(call.device):
+        try:
+            call.kernel[grid](
+                **call.arguments, **shaped, num_warps=config.num_warps, num_stages=config.num_stages
+            )
+        except (CompilationError, InterpreterError) as error:
+            raise explained(error) from error
+
+
+def choose(call: Call, target: Target | None) -> Chosen:
+    """The configuration of a call for a target, by default the current device: the first of its chain that fits.
+
+    If all that fit spill, the one that spills least. Raises `ValueError` if what the caller pinned fits nowhere.
+    """
+    place = (*call.key, call.pinned, target or call.device)
+    chosen = _CHOSEN.get(place)
+    if chosen is None:
+        chosen = _CHOSEN[place] = _search(call, target or current(), loads=target is None)
+    return chosen
+
+
+def _search(call: Call, target: Target, loads: bool) -> Chosen:
+    best: Chosen | None = None
+    needed: list[int] = []
+    for config in chain(call.which, target.backend, target.arch, call.itemsize, call.head_dim, call.pinned):
+        try:
+            kernel = compiled(call, config)
+            if kernel.metadata.shared > target.shared_memory:
+                needed.append(kernel.metadata.shared)
+                continue
+            if loads:
+                kernel._init_handles()
+        except (OutOfResources, PTXASError) as error:
+            needed.append(getattr(error, "required", 0))
+            continue
+        found = Chosen(config, resources(kernel), kernel)
+        if best is None or found.resources.spilled < best.resources.spilled:  # type: ignore[union-attr]
+            best = found
+        if best.resources.spilled == 0:  # type: ignore[union-attr]
+            break
+    if best is None:
+        pinned = ", ".join(f"{name}={value}" for name, value in call.pinned._asdict().items() if value is not None)
+        raise ValueError(
+            f"no configuration of the {call.which} kernel with {pinned or 'any tile'} fits: the smallest needs "
+            f"{min(needed, default=0)} bytes of shared memory, {target.backend} {target.arch} has {target.shared_memory}. "
+            "Leave out or lower BLOCK_M, BLOCK_N and num_stages in kernel_options"
+        )
+    return best
+
+
+def compiled(call: Call, config: KernelConfig) -> Any:
+    """The kernel compiled for the active target, not launched."""
+    shaped = call.shaped(config)
+    shaped.pop("grid")
+    try:
+        return call.kernel.run(
+            grid=(1,), warmup=True, **call.arguments, **shaped, num_warps=config.num_warps, num_stages=config.num_stages
+        )
+    except CompilationError as error:
+        raise explained(error) from error
+
+
+def explained(error: BaseException) -> Exception:
+    """An error of Triton's as one that names the generated function, its line, and the operation."""
+    function, line, reason = None, 0, str(error)
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, CompilationError):
+            found = function_of_source(inner.src)
+            if found is not None and inner.node is not None:
+                function, line = found, inner.node.lineno + found.first_line - 1
+            reason = inner.error_message or reason
+        trace = inner.__traceback__
+        while trace is not None:
+            found = function_of_file(trace.tb_frame.f_code.co_filename)
+            if found is not None:
+                function, line = found, trace.tb_lineno
+            trace = trace.tb_next
+        reason = str(inner) if inner.__cause__ is None and not isinstance(inner, CompilationError) else reason
+        inner = inner.__cause__
+    if function is None:
+        return error if isinstance(error, Exception) else RuntimeError(reason)
+    return KernelError(function.role, function.lines.get(line), function.source.splitlines()[line - 1].strip(), reason)
+
+
+def _interpreted(pinned: Pinned) -> KernelConfig:
+    """Small tiles, so that small shapes have several."""
+    fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
+    return KernelConfig(32, 32, 4, 1)._replace(**fixed)
+
+
+def _on(device: torch.device) -> Any:
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,269 @@
+"""The Triton backend: a problem in, kernel calls out, forward and backward.
+
+Nothing of size S x S is allocated: outputs, row statistics, and the transposed block lists are all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..codegen.emit import functions
+from ..codegen.jit import Jitted, jitted
+from ..config import KernelConfig, Pass, Pinned, fitted, pinned
+from ..layout import empty_like_strides
+from ..problem import Problem
+from ..templates.arguments import Lists, Matrix
+from ..templates.backward_delta import attention_delta
+from ..templates.backward_dkdv import attention_backward_dkdv
+from ..templates.backward_dq import attention_backward_dq
+from ..templates.forward import attention_forward
+from . import kernel_lists
+from .launch import Call, launch, run
+from .target import interpreted
+
+tl = triton.language
+FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
+DELTA = KernelConfig(128, 16, 4, 1)  # of the delta kernel: it has nothing to tune
+MARGIN = 512  # rows and columns of padding that offsets are computed for, but not loaded
+
+
+class Forward(NamedTuple):
+    """out [B, Hq, L, Ev] in the query's dtype; lse and max_scores [B, Hq, L], float32."""
+
+    out: Tensor
+    lse: Tensor
+    max_scores: Tensor
+
+
+class Backward(NamedTuple):
+    """Gradients of query, key, value, and of the captured tensors asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dcaptured: list[Tensor]
+
+
+def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
+    """Output, lse and row maxima of the modified scores."""
+    query, value = problem.query, problem.value
+    out = empty_like_strides(query, value.shape[-1])
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    result = Forward(out, lse, torch.empty_like(lse))
+    if query.numel():
+        launch(forward_call(problem, result, options))
+    return result
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    wanted: Sequence[int],
+    options: Mapping[str, Any],
+) -> Backward:
+    """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
+    query, key, value = problem.query, problem.key, problem.value
+    result = Backward(
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        torch.empty(key.shape, dtype=key.dtype, device=query.device),
+        torch.empty(value.shape, dtype=value.dtype, device=query.device),
+        [torch.zeros(problem.captured[i].shape, dtype=torch.float32, device=query.device) for i in wanted],
+    )
+    lse = lse.contiguous()
+    if query.numel():
+        delta = torch.empty_like(lse)
+        run(delta_call(problem, out, dout, dlse, delta), DELTA)
+        launch(dq_call(problem, dout, lse, delta, result, wanted, options))
+    if key.numel():
+        if not query.numel():
+            result.dk.zero_(), result.dv.zero_()
+        else:
+            launch(dkdv_call(problem, dout, lse, delta, result, options))
+    dcaptured = [g.to(problem.captured[i].dtype) for g, i in zip(result.dcaptured, wanted, strict=True)]
+    return result._replace(dcaptured=dcaptured)
+
+
+def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) -> Call:
+    """The call of the forward kernel that fills `result`."""
+    made = _functions(problem)
+    matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "out": result.out}
+    arguments = {"lse": result.lse, "max_scores": result.max_scores}
+    arguments |= {"score_mod": made.score_mod, "mask_mod": made.mask_mod}
+    return _call(attention_forward, "forward", problem, matrices, arguments, made, options)
+
+
+def delta_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Call:
+    """The call that computes rowsum(dout * out) - dlse."""
+    B, H, L, DV = out.shape
+    width = _padded(DV)
+    rows = max(16, min(128, 8192 // width))
+    tiles = -(-L // rows)
+    arguments = {
+        "out": _matrix(out), "dout": _matrix(dout), "delta": delta, "L": L, "heads": H, "tiles": tiles,
+        "dlse": None if dlse is None else dlse.to(torch.float32).contiguous(), "HAS_DLSE": dlse is not None,
+        "DV": DV, "BLOCK_DV": width, "BLOCK_M": rows, "OFFSET": _offset_type(out, dout),
+    }  # fmt: skip
+    grid = {"grid": tiles * B * H}
+    return Call(
+        attention_delta, "dq", (), out.element_size(), width, Pinned(), arguments, lambda _: dict(grid), out.device
+    )
+
+
+def dq_call(
+    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, wanted: Sequence[int],
+    options: Mapping[str, Any],
+) -> Call:  # fmt: skip
+    """The call of the kernel that fills `result.dq` and adds to `result.dcaptured`."""
+    made = _functions(problem, wanted)
+    matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout, "dq": result.dq}
+    arguments: dict[str, Any] = {"lse": lse, "delta": delta, "dcaptured": _gradients(result.dcaptured)}
+    arguments |= made._asdict()
+    return _call(attention_backward_dq, "dq", problem, matrices, arguments, made, options)
+
+
+def dkdv_call(
+    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, options: Mapping[str, Any]
+) -> Call:
+    """The call of the kernel that fills `result.dk` and `result.dv`."""
+    made = _functions(problem)
+    matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout}
+    matrices |= {"dk": result.dk, "dv": result.dv}
+    arguments: dict[str, Any] = {"lse": lse, "delta": delta}
+    arguments |= {name: f for name, f in made._asdict().items() if name != "captured_grads"}
+    arguments["batches"] = problem.query.shape[0] // problem.key.shape[0]
+    return _call(attention_backward_dkdv, "dkdv", problem, matrices, arguments, made, options)
+
+
+def _call(
+    kernel: Any, which: Pass, problem: Problem, matrices: dict[str, Tensor], arguments: dict[str, Any], made: Jitted,
+    options: Mapping[str, Any],
+) -> Call:  # fmt: skip
+    """What the three attention kernels have in common."""
+    query, key = problem.query, problem.key
+    B, H, L, D = query.shape
+    S, DV = key.shape[2], problem.value.shape[-1]
+    block_q, block_kv = problem.block_size
+    by_key = which == "dkdv"
+    listed = bool(problem.block_mask)
+    precision = _precision(query)
+    arguments = arguments | {name: _matrix(t) for name, t in matrices.items()} | {
+        "captured": _captured(problem), "L": L, "S": S, "heads": H, "group_size": H // key.shape[1],
+        "scale": problem.scale, "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV), "LISTED": listed,
+        "CONTIGUOUS": _is_contiguous(problem, by_key, options), "PRECISION": precision,
+        "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0, "OFFSET": _offset_type(*matrices.values()),
+    }  # fmt: skip
+    if not by_key and key.shape[0] == 1:  # keys that all batch entries share
+        for name in ("k", "v"):
+            arguments[name] = arguments[name]._replace(stride_b=0)
+
+    def shaped(config: KernelConfig) -> dict[str, Any]:
+        if listed:
+            BLOCK_M, BLOCK_N = fitted(config.BLOCK_M, block_q), fitted(config.BLOCK_N, block_kv)
+            SPARSE_Q, SPARSE_KV = _sparse(block_q, L, BLOCK_M), _sparse(block_kv, S, BLOCK_N)
+        else:
+            BLOCK_M, BLOCK_N = SPARSE_Q, SPARSE_KV = config.BLOCK_M, config.BLOCK_N
+        if by_key:
+            tiles, outer = _tiles(S, SPARSE_KV, BLOCK_N), key.shape[0] * key.shape[1]
+        else:
+            tiles, outer = _tiles(L, SPARSE_Q, BLOCK_M), B * H
+        lists: Lists | None = None
+        if listed and by_key:
+            lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
+        elif listed:
+            lists = kernel_lists.by_query(problem.block_mask, BLOCK_N, S)
+        return {
+            "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV, "lists": lists,
+            "tiles": tiles, "grid": tiles * outer,
+        }  # fmt: skip
+
+    # `made` stands for the variant: equal generated functions are the same objects.
+    key_of_choice = (which, made, query.dtype, D, DV, problem.block_size if listed else None, precision)
+    return Call(
+        kernel, which, key_of_choice, query.element_size(), max(_padded(D), _padded(DV)), pinned(which, options),
+        arguments, shaped, query.device,
+    )  # fmt: skip
+
+
+def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
+    wide = tuple(i for i, t in enumerate(problem.tensors) if _reach(t) > FARTHEST)
+    return jitted(functions(problem.variant, wanted, wide))
+
+
+def _captured(problem: Problem) -> tuple[Any, ...]:
+    """The flat tuple that generated functions unpack: see `codegen.emit.captured_positions`."""
+    flat: list[Any] = []
+    for t in problem.tensors:
+        t = t.to(problem.query.device)  # a 0-d tensor may be anywhere, as in torch
+        if t.numel() == 0:  # it has no element to give: zero, as for every value that does not exist
+            t = t.new_zeros((1,) * t.dim())
+        flat += [t, *t.shape, *t.stride()]
+    floats = [float(t) for t in problem.floats]
+    return (*flat, *floats, *problem.ints)
+
+
+def _gradients(buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+    flat: list[Any] = []
+    for t in buffers:
+        t = t if t.numel() else t.new_zeros((1,) * t.dim())
+        flat += [t, *t.stride()]
+    return tuple(flat)
+
+
+def _matrix(t: Tensor) -> Matrix:
+    return Matrix(t, *t.stride())
+
+
+def _padded(columns: int) -> int:
+    """The width of a tile: a power of two that the matrix units take."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def _sparse(block: int, length: int, tile: int) -> int:
+    """The size of a block, no larger than the whole axis needs if it is a single block."""
+    return min(block, max(tile, 1 << (length - 1).bit_length())) if block >= length > 0 else block
+
+
+def _tiles(length: int, block: int, tile: int) -> int:
+    """Tiles of an axis whose blocks are covered one by one, without those that lie beyond its end."""
+    whole = (length - 1) // block if length else 0
+    return whole * -(-block // tile) + -(-(length - whole * block) // tile)
+
+
+def _reach(t: Tensor) -> int:
+    """The largest offset of an element, in elements."""
+    return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+
+
+def _offset_type(*matrices: Tensor) -> Any:
+    """32 or 64 bits, by the offsets inside one batch entry and head, padding included."""
+    reach = max((t.shape[2] + MARGIN) * t.stride(2) + MARGIN * t.stride(3) for t in matrices)
+    return tl.int64 if reach > FARTHEST else tl.int32
+
+
+def _precision(query: Tensor) -> str:
+    """How products are computed, as `templates.product` names it. For float32, torch's own setting."""
+    if interpreted() and query.dtype is torch.bfloat16:
+        return "raised"
+    if query.dtype is not torch.float32 or query.device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _is_contiguous(problem: Problem, by_key: bool, options: Mapping[str, Any]) -> bool:
+    """Whether adjacent blocks can be walked without reading their numbers: if the caller says so and it is true."""
+    if not problem.block_mask or not options.get("BLOCKS_ARE_CONTIGUOUS"):
+        return False
+    return kernel_lists.contiguous(problem.block_mask, -(-problem.key.shape[2] // problem.block_size[1]), by_key)
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device."""
+    return interpreted() or device.type == "cuda"

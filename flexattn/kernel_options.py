@@ -1,0 +1,90 @@
+"""Options of the kernels that a user may pin, as one table: name, type, and what it does.
+
+The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
+kernels and never change a result; the tiled and reference backends have nothing to tune and accept them without effect.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+
+class Option(NamedTuple):
+    """What a value of the option must be, and its meaning."""
+
+    kind: str  # "power of two", "positive integer", "bool" or "backend"
+    meaning: str
+
+
+_TILE = "power of two"
+
+OPTIONS: dict[str, Option] = {
+    "BLOCK_M": Option(_TILE, "query rows of a forward tile"),
+    "BLOCK_N": Option(_TILE, "keys of a forward tile"),
+    "BLOCK_M1": Option(_TILE, "query rows of a tile in the dK/dV pass"),
+    "BLOCK_N1": Option(_TILE, "keys of a tile in the dK/dV pass"),
+    "BLOCK_M2": Option(_TILE, "query rows of a tile in the dQ pass"),
+    "BLOCK_N2": Option(_TILE, "keys of a tile in the dQ pass"),
+    "num_warps": Option(_TILE, "warps of a program"),
+    "num_stages": Option("positive integer", "depth of the software pipeline"),
+    "SPLIT_KV": Option("positive integer", "parts the keys are split into for decoding"),
+    "PRESCALE_QK": Option("bool", "scale the query before the product; the score a mod sees is the same"),
+    "ROWS_GUARANTEED_SAFE": Option("bool", "every row attends to some key"),
+    "BLOCKS_ARE_CONTIGUOUS": Option("bool", "the listed key blocks of a row are adjacent"),
+    "WRITE_DQ": Option("bool", "which backward pass writes the gradients of captured tensors"),
+    "FORCE_USE_FLEX_ATTENTION": Option("bool", "never use a decoding kernel"),
+    "USE_TMA": Option("bool", "load tiles through tensor descriptors"),
+    "BACKEND": Option("backend", 'PyTorch\'s choice of kernel; "AUTO" and "TRITON" are accepted'),
+    "kpack": Option("positive integer", "AMD: packing of the matrix operands"),
+    "matrix_instr_nonkdim": Option("positive integer", "AMD: shape of the matrix instruction"),
+    "waves_per_eu": Option("positive integer", "AMD: occupancy target"),
+}
+PREFIXES = ("fwd_", "bwd_")
+
+
+def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options as a dict. Raises `ValueError` for an unknown name or a value it cannot take."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"kernel_options is a {type(options).__name__}; pass a dict such as {{'BLOCK_M': 64}}")
+    for name, value in options.items():
+        bare = name[4:] if isinstance(name, str) and name.startswith(PREFIXES) else name
+        if bare not in OPTIONS:
+            close = difflib.get_close_matches(str(bare), OPTIONS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"unknown kernel option {name!r}; {hint}Known options, each with an optional prefix fwd_ or bwd_: "
+                + ", ".join(OPTIONS)
+            )
+        kind = OPTIONS[bare].kind
+        if not _fits(kind, value):
+            allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
+            raise ValueError(f"kernel option {name!r} is {value!r}; it must be {allowed}")
+    return dict(options)
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """Checked options as the operators take them: "BLOCK_M=64,USE_TMA=True", sorted."""
+    return ",".join(f"{name}={options[name]}" for name in sorted(options))
+
+
+@lru_cache(maxsize=256)
+def parsed_options(text: str) -> Mapping[str, Any]:
+    """The options of a text. Raises `ValueError` for what `check_kernel_options` refuses."""
+    words = {"True": True, "False": False}
+    pairs = (item.split("=", 1) for item in text.split(",") if item)
+    return check_kernel_options({k: words[v] if v in words else int(v) if v.isdigit() else v for k, v in pairs})
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "backend":
+        return value in ("AUTO", "TRITON")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return False
+    return kind != "power of two" or value & (value - 1) == 0

@@ -1,0 +1,92 @@
+"""The forward kernel: one program computes a tile of query rows of one head, walking over the keys it attends to."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .block_walk import find_row, masked_tile, plain_tile, tile_counts, tile_of_program
+from .memory import load_tile, slice_of, store_tile
+from .names import kernel_name
+from .online_softmax import row_statistics, softmax_step
+from .product import product, product_transposed
+from .scores import attended, log2_factor, modified_scores
+
+
+@triton.jit
+def _attend(acc, m_i, l_i, q, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, b, h, scale, factor, captured,
+            score_mod: tl.constexpr, mask_mod: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SCALE_IN_FACTOR: tl.constexpr,
+            PRECISION: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Add the keys from `start_n` on to the rows' sums."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(k_ptr, k, offs_n.to(OFFSET), stop_n, D, BLOCK_D, MASKED)
+    qk = product_transposed(q, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if not SCALE_IN_FACTOR:
+        qk = qk * scale
+    qk = modified_scores(qk, b, h, offs_m[:, None], offs_n[None, :], captured, score_mod)
+    if MASKED:
+        keep = attended(
+            qk, b, h, offs_m[:, None], offs_n[None, :], offs_n[None, :], stop_n, is_full, captured, mask_mod
+        )
+        qk = tl.where(keep, qk, float("-inf"))
+    p, alpha, m_i, l_i = softmax_step(qk, factor, m_i, l_i)
+    v_tile = load_tile(v_ptr, v, offs_n.to(OFFSET), stop_n, DV, BLOCK_DV, MASKED)
+    acc = product(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit(repr=kernel_name("attention_forward"))
+def attention_forward(q, k, v, out, lse, max_scores, lists, captured, L, S, heads, group_size, tiles, scale,
+                      score_mod: tl.constexpr, mask_mod: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                      BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      SPARSE_Q: tl.constexpr, SPARSE_KV: tl.constexpr, LISTED: tl.constexpr, CONTIGUOUS: tl.constexpr,
+                      SCALE_IN_FACTOR: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """out = softmax(score_mod(scale * q k^T), masked) v, with lse and max_scores [B, Hq, L], contiguous float32.
+
+    Matrices: q, out [B, Hq, L, .], k, v [B, Hkv, S, .], with a batch stride of 0 where all entries
+    share their keys.
+    Grid: `tiles` of query rows x `heads` x B, in one dimension.
+    """
+    t = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    b = bh // heads
+    h = bh % heads
+    kv_h = h // group_size
+    row, start_m, stop_m = tile_of_program(t, L, SPARSE_Q, BLOCK_M)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    k_ptr = slice_of(k, b, kv_h)
+    v_ptr = slice_of(v, b, kv_h)
+    q_tile = load_tile(slice_of(q, b, h), q, offs_m.to(OFFSET), stop_m, D, BLOCK_D, True)
+    factor = log2_factor(scale, SCALE_IN_FACTOR)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    if LISTED:
+        partial, n_partial, full, n_full = find_row(lists, b, h, row)
+    else:
+        partial, n_partial, full, n_full = None, 0, None, 0
+    partial_tiles, masked_tiles, plain_tiles = tile_counts(
+        full, n_partial, n_full, S, SPARSE_KV, BLOCK_N, LISTED, mask_mod is not None
+    )
+    for i in tl.range(0, masked_tiles):
+        start_n, stop_n, is_full = masked_tile(
+            partial, full, i, partial_tiles, plain_tiles, S, SPARSE_KV, BLOCK_N, LISTED, CONTIGUOUS
+        )
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q_tile, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, b, h, scale, factor, captured,
+            score_mod, mask_mod, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SCALE_IN_FACTOR, PRECISION, OFFSET,
+        )  # fmt: skip
+    for i in tl.range(0, plain_tiles):
+        start_n = plain_tile(full, i, SPARSE_KV, BLOCK_N, LISTED, CONTIGUOUS)
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q_tile, k, v, k_ptr, v_ptr, start_n, S, True, offs_m, b, h, scale, factor, captured,
+            score_mod, mask_mod, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, SCALE_IN_FACTOR, PRECISION, OFFSET,
+        )  # fmt: skip
+
+    divisor, lse_i, max_i = row_statistics(m_i, l_i)
+    store_tile(slice_of(out, b, h), out, offs_m.to(OFFSET), stop_m, acc / divisor[:, None], DV, BLOCK_DV)
+    at = bh.to(tl.int64) * L + offs_m
+    tl.store(lse + at, lse_i, mask=offs_m < stop_m)
+    tl.store(max_scores + at, max_i, mask=offs_m < stop_m)

@@ -19,9 +19,10 @@ def attention_delta(out, dout, dlse, delta, L, heads, tiles, HAS_DLSE: tl.conste
     bh = tl.program_id(0) // tiles
     b = bh // heads
     h = bh % heads
-    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = load_tile(slice_of(out, b, h), out, rows.to(OFFSET), L, DV, BLOCK_DV, True).to(tl.float32)
-    do = load_tile(slice_of(dout, b, h), dout, rows.to(OFFSET), L, DV, BLOCK_DV, True).to(tl.float32)
+    start = tl.program_id(0) % tiles * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    o = load_tile(slice_of(out, b, h), out, start, L, BLOCK_M, DV, BLOCK_DV, True, OFFSET).to(tl.float32)
+    do = load_tile(slice_of(dout, b, h), dout, start, L, BLOCK_M, DV, BLOCK_DV, True, OFFSET).to(tl.float32)
     total = tl.sum(o * do, 1)
     at = bh.to(tl.int64) * L + rows
     if HAS_DLSE:

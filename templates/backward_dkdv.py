@@ -21,8 +21,8 @@ def _add_queries(dk, dv, k, v, q, dout, q_ptr, do_ptr, lse, delta, at, start_m, 
                  OFFSET: tl.constexpr):  # fmt: skip
     """dk (before the scale) and dv plus what the queries from `start_m` on contribute. Tiles are transposed."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(q_ptr, q, offs_m.to(OFFSET), stop_m, D, BLOCK_D, MASKED)
-    do_tile = load_tile(do_ptr, dout, offs_m.to(OFFSET), stop_m, DV, BLOCK_DV, MASKED)
+    q_tile = load_tile(q_ptr, q, start_m, stop_m, BLOCK_M, D, BLOCK_D, MASKED, OFFSET)
+    do_tile = load_tile(do_ptr, dout, start_m, stop_m, BLOCK_M, DV, BLOCK_DV, MASKED, OFFSET)
     lse_i, delta_i = load_row_statistics(lse, delta, at + offs_m, offs_m, stop_m)
     # Both products before the elementwise work, which can then overlap the second.
     qkT = product_transposed(k, q_tile, PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -55,8 +55,8 @@ def attention_backward_dkdv(q, k, v, dout, dk, dv, lse, delta, lists, captured, 
     kv_h = tl.program_id(0) // tiles % kv_heads
     column, start_n, stop_n = tile_of_program(t, S, SPARSE_KV, BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(slice_of(k, kv_b, kv_h), k, offs_n.to(OFFSET), stop_n, D, BLOCK_D, True)
-    v_tile = load_tile(slice_of(v, kv_b, kv_h), v, offs_n.to(OFFSET), stop_n, DV, BLOCK_DV, True)
+    k_tile = load_tile(slice_of(k, kv_b, kv_h), k, start_n, stop_n, BLOCK_N, D, BLOCK_D, True, OFFSET)
+    v_tile = load_tile(slice_of(v, kv_b, kv_h), v, start_n, stop_n, BLOCK_N, DV, BLOCK_DV, True, OFFSET)
     factor = log2_factor(scale, SCALE_IN_FACTOR)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -90,5 +90,5 @@ def attention_backward_dkdv(q, k, v, dout, dk, dv, lse, delta, lists, captured, 
                 offs_n, b, h, scale, factor, captured, score_mod, mask_mod, score_mod_grad, D, DV, BLOCK_D, BLOCK_DV,
                 BLOCK_M, False, SCALE_IN_FACTOR, PRECISION, OFFSET,
             )  # fmt: skip
-    store_tile(slice_of(dk, kv_b, kv_h), dk, offs_n.to(OFFSET), stop_n, dk_acc * scale, D, BLOCK_D)
-    store_tile(slice_of(dv, kv_b, kv_h), dv, offs_n.to(OFFSET), stop_n, dv_acc, DV, BLOCK_DV)
+    store_tile(slice_of(dk, kv_b, kv_h), dk, start_n, stop_n, dk_acc * scale, BLOCK_N, D, BLOCK_D, OFFSET)
+    store_tile(slice_of(dv, kv_b, kv_h), dv, start_n, stop_n, dv_acc, BLOCK_N, DV, BLOCK_DV, OFFSET)

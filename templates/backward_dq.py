@@ -21,8 +21,8 @@ def _add_keys(dq, q, do, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is
               SCALE_IN_FACTOR: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """dq plus what the keys from `start_n` on contribute, before the scale."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_ptr, k, offs_n.to(OFFSET), stop_n, D, BLOCK_D, MASKED)
-    v_tile = load_tile(v_ptr, v, offs_n.to(OFFSET), stop_n, DV, BLOCK_DV, MASKED)
+    k_tile = load_tile(k_ptr, k, start_n, stop_n, BLOCK_N, D, BLOCK_D, MASKED, OFFSET)
+    v_tile = load_tile(v_ptr, v, start_n, stop_n, BLOCK_N, DV, BLOCK_DV, MASKED, OFFSET)
     # Both products before the elementwise work, which can then overlap the second.
     qk = product_transposed(q, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
     dp = product_transposed(do, v_tile, PRECISION)
@@ -57,8 +57,8 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, dcaptu
     offs_m = start_m + tl.arange(0, BLOCK_M)
     k_ptr = slice_of(k, b, kv_h)
     v_ptr = slice_of(v, b, kv_h)
-    q_tile = load_tile(slice_of(q, b, h), q, offs_m.to(OFFSET), stop_m, D, BLOCK_D, True)
-    do_tile = load_tile(slice_of(dout, b, h), dout, offs_m.to(OFFSET), stop_m, DV, BLOCK_DV, True)
+    q_tile = load_tile(slice_of(q, b, h), q, start_m, stop_m, BLOCK_M, D, BLOCK_D, True, OFFSET)
+    do_tile = load_tile(slice_of(dout, b, h), dout, start_m, stop_m, BLOCK_M, DV, BLOCK_DV, True, OFFSET)
     lse_i, delta_i = load_row_statistics(lse, delta, bh.to(tl.int64) * L + offs_m, offs_m, stop_m)
     factor = log2_factor(scale, SCALE_IN_FACTOR)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -86,4 +86,4 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, dcaptu
             scale, factor, captured, dcaptured, score_mod, mask_mod, score_mod_grad, captured_grads, D, DV, BLOCK_D,
             BLOCK_DV, BLOCK_N, False, SCALE_IN_FACTOR, PRECISION, OFFSET,
         )  # fmt: skip
-    store_tile(slice_of(dq, b, h), dq, offs_m.to(OFFSET), stop_m, acc * scale, D, BLOCK_D)
+    store_tile(slice_of(dq, b, h), dq, start_m, stop_m, acc * scale, BLOCK_M, D, BLOCK_D, OFFSET)

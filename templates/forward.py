@@ -20,7 +20,7 @@ def _attend(acc, m_i, l_i, q, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs
             PRECISION: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """Add the keys from `start_n` on to the rows' sums."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(k_ptr, k, offs_n.to(OFFSET), stop_n, D, BLOCK_D, MASKED)
+    k_tile = load_tile(k_ptr, k, start_n, stop_n, BLOCK_N, D, BLOCK_D, MASKED, OFFSET)
     qk = product_transposed(q, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
     if not SCALE_IN_FACTOR:
         qk = qk * scale
@@ -31,7 +31,7 @@ def _attend(acc, m_i, l_i, q, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs
         )
         qk = tl.where(keep, qk, float("-inf"))
     p, alpha, m_i, l_i = softmax_step(qk, factor, m_i, l_i)
-    v_tile = load_tile(v_ptr, v, offs_n.to(OFFSET), stop_n, DV, BLOCK_DV, MASKED)
+    v_tile = load_tile(v_ptr, v, start_n, stop_n, BLOCK_N, DV, BLOCK_DV, MASKED, OFFSET)
     acc = product(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
     return acc, m_i, l_i
 
@@ -57,7 +57,7 @@ def attention_forward(q, k, v, out, lse, max_scores, lists, captured, L, S, head
     offs_m = start_m + tl.arange(0, BLOCK_M)
     k_ptr = slice_of(k, b, kv_h)
     v_ptr = slice_of(v, b, kv_h)
-    q_tile = load_tile(slice_of(q, b, h), q, offs_m.to(OFFSET), stop_m, D, BLOCK_D, True)
+    q_tile = load_tile(slice_of(q, b, h), q, start_m, stop_m, BLOCK_M, D, BLOCK_D, True, OFFSET)
     factor = log2_factor(scale, SCALE_IN_FACTOR)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -86,7 +86,7 @@ def attention_forward(q, k, v, out, lse, max_scores, lists, captured, L, S, head
         )  # fmt: skip
 
     divisor, lse_i, max_i = row_statistics(m_i, l_i)
-    store_tile(slice_of(out, b, h), out, offs_m.to(OFFSET), stop_m, acc / divisor[:, None], DV, BLOCK_DV)
+    store_tile(slice_of(out, b, h), out, start_m, stop_m, acc / divisor[:, None], BLOCK_M, DV, BLOCK_DV, OFFSET)
     at = bh.to(tl.int64) * L + offs_m
     tl.store(lse + at, lse_i, mask=offs_m < stop_m)
     tl.store(max_scores + at, max_i, mask=offs_m < stop_m)

@@ -29,7 +29,7 @@ from .target import interpreted
 tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
 DELTA = KernelConfig(128, 16, 4, 1)  # of the delta kernel: it has nothing to tune
-MARGIN = 512  # rows and columns of padding that offsets are computed for, but not loaded
+MARGIN = 512  # no tile has more rows or columns
 
 
 class Forward(NamedTuple):
@@ -243,8 +243,8 @@ def _reach(t: Tensor) -> int:
 
 
 def _offset_type(*matrices: Tensor) -> Any:
-    """32 or 64 bits, by the offsets inside one batch entry and head, padding included."""
-    reach = max((t.shape[2] + MARGIN) * t.stride(2) + MARGIN * t.stride(3) for t in matrices)
+    """32 or 64 bits, by the offsets inside a tile."""
+    reach = max(MARGIN * t.stride(2) + MARGIN * t.stride(3) for t in matrices)
     return tl.int64 if reach > FARTHEST else tl.int32
 
 

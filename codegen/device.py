@@ -51,14 +51,22 @@ def truncate(x):
 
 @triton.jit
 def fmod(x, y):
-    """Remainder of floats with the sign of the dividend."""
-    return x - truncate(x / y) * y
+    """Remainder of floats with the sign of the dividend; in float64, where the quotient of two float32 is not rounded up."""
+    wide, by = x.to(tl.float64), y.to(tl.float64)
+    return (wide - truncate(wide / by) * by).to(x.dtype)
 
 
 @triton.jit
 def float_remainder(x, y):
-    """Remainder of floats with the sign of the divisor."""
-    return x - tl.floor(x / y) * y
+    """Remainder of floats with the sign of the divisor, as `fmod`."""
+    wide, by = x.to(tl.float64), y.to(tl.float64)
+    return (wide - tl.floor(wide / by) * by).to(x.dtype)
+
+
+@triton.jit
+def float_floor_divide(x, y):
+    """Quotient of floats, rounded down, as `fmod`."""
+    return tl.floor(x.to(tl.float64) / y.to(tl.float64)).to(x.dtype)
 
 
 @triton.jit

@@ -123,7 +123,7 @@ SPELLING: dict[Op, Speller] = {
     Op.MUL: _infix("*"),
     Op.DIV: _infix("/"),
     Op.FLOORDIV: _by_type(
-        _integer_division("//", "floor_divide"), lambda node, args, tl: f"{tl}.floor({args[0]} / {args[1]})"
+        _integer_division("//", "floor_divide"), _device("float_floor_divide")
     ),
     Op.TRUNCDIV: _by_type(_infix("//"), lambda node, args, tl: f"device.truncate({args[0]} / {args[1]})"),
     Op.MOD: _by_type(_integer_division("%", "remainder"), _device("float_remainder")),
@@ -245,11 +245,11 @@ class _Printer:
             return self._finish(parameters, "d score = 0")
         self._lines([root])
         result = self.names[root]
+        if root.is_const:
+            result = _typed(root, self.tl)
         tile = {"score_mod": "score", "score_mod_grad": "grad"}.get(self.role)
         if tile is not None and not root.axes & {"score", "grad"}:
             result = f"{self.tl}.broadcast_to({result}, {tile}.shape)"
-        elif root.is_const or root.op in (Op.INT, Op.FLOAT):
-            result = f"{self.tl}.full((), {result}, {self.tl}.{TRITON_DTYPE[root.dtype]})"
         self.body.append(f"return {result}")
         what = {"score_mod": "score'", "mask_mod": "keep", "score_mod_grad": "d score"}[self.role]
         return self._finish(parameters, formula({what: root}))

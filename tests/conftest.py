@@ -7,6 +7,8 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 # Read when torch is imported. One thread and no pool of compile workers: the processes of pytest-xdist are enough.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,12 +17,18 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+
+# Read when Triton is imported. Where there is no GPU, kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 import flexattn
 import flexattn.codegen
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_INTERPRETED = "needs Triton's interpreter: set TRITON_INTERPRET=1, which a machine with a GPU does not by itself"
 NO_GPU = "needs a CUDA device: run it on a machine that has one, with a CUDA build of torch"
 
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
@@ -55,8 +63,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ROOT / "tests" / "gpu" in item.path.parents:
             item.add_marker("gpu")
+        if ROOT / "tests" / "interpreter" in item.path.parents and os.environ.get("TRITON_INTERPRET") != "1":
+            item.add_marker(pytest.mark.skip(reason=NOT_INTERPRETED))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fast_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches its language at every call of a device function; inside a kernel once is enough."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        yield
+        return
+    call = interpreter.InterpretedFunction.__call__
+
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn in self.rewritten_fn:  # its globals have been patched by the first call, and are until the kernel ends
+            return self.rewritten_fn[self.fn](*args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    with patch.object(interpreter.InterpretedFunction, "__call__", plain):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,7 @@ def dq_call(
     """The call of the kernel that fills `result.dq` and adds to `result.dcaptured`."""
     made = _functions(problem, wanted)
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout, "dq": result.dq}
-    arguments: dict[str, Any] = {"lse": lse, "delta": delta, "dcaptured": _gradients(result.dcaptured)}
+    arguments: dict[str, Any] = {"lse": lse, "delta": delta, "dcaptured": gradient_arguments(result.dcaptured)}
     arguments |= made._asdict()
     return _call(attention_backward_dq, "dq", problem, matrices, arguments, made, options)
 
@@ -155,7 +155,8 @@ def _call(
     listed = bool(problem.block_mask)
     precision = _precision(query)
     arguments = arguments | {name: _matrix(t) for name, t in matrices.items()} | {
-        "captured": _captured(problem), "L": L, "S": S, "heads": H, "group_size": H // key.shape[1],
+        "captured": captured_arguments(problem.tensors, problem.floats, problem.ints, query.device),
+         "L": L, "S": S, "heads": H, "group_size": H // key.shape[1],
         "scale": problem.scale, "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV), "LISTED": listed,
         "CONTIGUOUS": _is_contiguous(problem, by_key, options), "PRECISION": precision,
         "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0, "OFFSET": _offset_type(*matrices.values()),
@@ -197,24 +198,28 @@ def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
     return jitted(functions(problem.variant, wanted, wide))
 
 
-def _captured(problem: Problem) -> tuple[Any, ...]:
+def captured_arguments(
+    tensors: Sequence[Tensor], floats: Sequence[Tensor], ints: Sequence[int], device: torch.device
+) -> tuple[Any, ...]:
     """The flat tuple that generated functions unpack: see `codegen.emit.captured_positions`."""
     flat: list[Any] = []
-    for t in problem.tensors:
-        t = t.to(problem.query.device)  # a 0-d tensor may be anywhere, as in torch
-        if t.numel() == 0:  # it has no element to give: zero, as for every value that does not exist
-            t = t.new_zeros((1,) * t.dim())
+    for t in tensors:
+        t = _with_elements(t.to(device))  # a 0-d tensor may be anywhere, as in torch
         flat += [t, *t.shape, *t.stride()]
-    floats = [float(t) for t in problem.floats]
-    return (*flat, *floats, *problem.ints)
+    return (*flat, *map(float, floats), *ints)
 
 
-def _gradients(buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+def gradient_arguments(buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The flat tuple of the gradients of captured tensors: pointer and strides of each."""
     flat: list[Any] = []
-    for t in buffers:
-        t = t if t.numel() else t.new_zeros((1,) * t.dim())
+    for t in map(_with_elements, buffers):
         flat += [t, *t.stride()]
     return tuple(flat)
+
+
+def _with_elements(t: Tensor) -> Tensor:
+    """A tensor that can be read from: an empty one reads as zero, as every value that does not exist."""
+    return t if t.numel() else t.new_zeros((1,) * t.dim())
 
 
 def _matrix(t: Tensor) -> Matrix:

@@ -8,21 +8,19 @@ from unittest.mock import patch
 
 import hypothesis.strategies as st
 import torch
-from assertions import assert_same, assert_within_budget
+from assertions import assert_same
 from hypothesis import given, settings
-from strategies import FLOATING, Mod, Shape, environment, mask_mods, score_mods, shapes
+from laws import assert_backend_equals_reference
+from strategies import Mod, Shape, environment, mask_mods, score_mods, shapes
 from torch import Tensor
 
-from flexattn import ops, reference
 from flexattn.backends import tiled
-from flexattn.capture import block_lists
 from flexattn.codegen.derivative import derivative
 from flexattn.codegen.evaluate import Inputs, evaluate
 from flexattn.codegen.ir import Op, walk
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.program import parse, print_program
 from flexattn.codegen.trace import trace
-from flexattn.problem import Problem
 
 B, H, L, S = 2, 4, 13, 19
 
@@ -115,28 +113,6 @@ def test_law_5_the_derivative_is_that_of_autograd(mod: Mod) -> None:
             )
 
 
-def run(
-    backend: str, tensors: list[Tensor], mod: Any, mask: Any, shape: Shape, learned: list[Tensor], seeds: list[Tensor]
-) -> list[Tensor]:
-    """Outputs and all gradients of "tiled" or "reference"; "plain" is the reference with low-precision products."""
-    q, k, v = (t.detach().requires_grad_() for t in tensors)
-    double = q.dtype is torch.float64
-    program, captured, ints = trace(mod, mask, score_dtype=torch.float64 if double else torch.float32)
-    lists = [] if mask is None else list(block_lists(mask, (shape.B, shape.H, shape.L, shape.S), shape.block, q))
-    if backend == "plain":
-        problem = Problem(q, k, v, captured, lists, ints, shape.block, variant(program), 0.3)
-        out, lse, top = reference.attention(problem, products=q.dtype)
-    else:
-        out, lse, top = ops.FORWARD(q, k, v, captured, lists, ints, shape.block, program, 0.3, backend, "")
-    dout, dlse = (s.to(o.dtype) for s, o in zip(seeds, (out, lse), strict=True))
-    dlse = torch.where(torch.isfinite(lse), dlse, 0)
-    used = [t for t in learned if any(t is c for c in captured)]
-    leaves = [q, k, v, *used]
-    pairs = [(o, g) for o, g in ((out, dout), (lse, dlse)) if o.requires_grad]
-    grads = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-    return [out, lse, top, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True))]
-
-
 @settings(max_examples=120)
 @given(
     mod=st.one_of(st.none(), score_mods()),
@@ -149,40 +125,7 @@ def run(
 def test_law_7_the_tiled_backend_equals_the_reference(
     mod: Mod | None, mask: Mod | None, shape: Shape, dtype: torch.dtype, narrow: bool, seed: int
 ) -> None:
-    g = torch.Generator().manual_seed(seed)
-    kv_batch = 1 if shape.shared_keys else shape.B
-    sizes = (
-        (shape.B, shape.H, shape.L, shape.E),
-        (kv_batch, shape.kv_heads, shape.S, shape.E),
-        (kv_batch, shape.kv_heads, shape.S, shape.Ev),
-    )
-    tensors = [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in sizes]
-    seeds = [
-        torch.randn(shape.B, shape.H, shape.L, shape.Ev, generator=g, dtype=torch.float64).to(dtype),
-        torch.randn(shape.B, shape.H, shape.L, generator=g, dtype=torch.float64),
-    ]
-    env = environment(dtype if dtype is torch.float64 else torch.float32)
-    learned = [env[n].requires_grad_() for n in FLOATING]
-    f = None if mod is None else mod.bind(env)
-    m = None if mask is None else mask.bind(env)
-    exact = run("reference", [t.double() for t in tensors], f, m, shape, learned, seeds)
-    plain = run("plain", tensors, f, m, shape, learned, seeds)
     # Narrow chunks take these short sequences through the online softmax of long ones.
     sizes_of_work = {"TILE_ELEMENTS": 1 << 9, "MIN_WIDTH": 16} if narrow else {}
     with patch.multiple(tiled, **sizes_of_work) if narrow else nullcontext():
-        blocked = run("tiled", tensors, f, m, shape, learned, seeds)
-    largest = [t.double().abs().max().item() if t.numel() else 0.0 for t in (*tensors, seeds[0])]
-    scores = largest[0] * largest[1] * shape.E * 0.3
-    # exp turns an absolute error of a score, eps * |score|, into a relative error of a weight.
-    top = exact[2][torch.isfinite(exact[2])]
-    condition = 1 + (top.abs().max().item() if top.numel() else 0.0)
-    cancelling = condition * largest[3] * largest[2] * shape.Ev * max(largest[0], largest[1]) * 0.3
-    names = ["out", "lse", "max_scores", "dq", "dk", "dv", *(f"d captured {i}" for i in range(len(exact) - 6))]
-    for name, a, e, p in zip(names, blocked, exact, plain, strict=True):
-        magnitude = {"out": condition * largest[2], "lse": scores, "max_scores": scores}.get(name, cancelling)
-        if name.startswith("d captured"):  # a sum over elements whose roundings are independent
-            magnitude *= (shape.B * shape.H * shape.L * shape.S) ** 0.5
-            if mod is not None and "(kv_idx - q_idx)" in mod.body:  # the factor of a slope
-                magnitude *= max(shape.L, shape.S)
-        stored = dtype if name.startswith("d") else a.dtype
-        assert_within_budget(a, e, p, name, stored, magnitude, terms=max(shape.L, shape.S, shape.E))
+        assert_backend_equals_reference("tiled", mod, mask, shape, dtype, seed)

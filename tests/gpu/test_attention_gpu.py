@@ -62,7 +62,6 @@ def matmul_precision() -> Iterator[None]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_is_right_to_the_last_element(variant: str) -> None:
-    torch.manual_seed(0)
     assert_right(Case(*qkv(2, H, L=LENGTH), **VARIANTS[variant]()))
 
 

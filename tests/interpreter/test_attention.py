@@ -1,0 +1,197 @@
+"""Law 7 for the Triton kernels: under the interpreter they compute what the reference computes."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from laws import assert_backend_equals_reference
+from strategies import Mod, Shape, mask_mods, score_mods, shapes
+
+import flexattn
+from flexattn import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEAD_DIMS = [16, 24, 64, 72, 80, 96, 128, 192, 256]
+SLOPES = "score + slopes[h] * (kv_idx - q_idx)"
+CAUSAL = Mod("b, h, q_idx, kv_idx", "(q_idx >= kv_idx)")
+
+
+def options(BLOCK_M: int = 32, BLOCK_N: int = 32, BLOCK_M1: int = 32, BLOCK_N1: int = 32) -> str:
+    return f"BLOCK_M={BLOCK_M},BLOCK_M1={BLOCK_M1},BLOCK_M2={BLOCK_M},BLOCK_N={BLOCK_N},BLOCK_N1={BLOCK_N1},BLOCK_N2={BLOCK_N}"
+
+
+tiles = st.builds(options, *[st.sampled_from([16, 32, 64])] * 4)
+
+
+@settings(max_examples=40)
+@given(
+    mod=st.one_of(st.none(), score_mods()),
+    mask=st.one_of(st.none(), mask_mods()),
+    shape=shapes(),
+    dtype=st.sampled_from(DTYPES),
+    tiles=tiles,
+    seed=st.integers(0, 1000),
+)
+def test_law_7_the_kernels_equal_the_reference(
+    mod: Mod | None, mask: Mod | None, shape: Shape, dtype: torch.dtype, tiles: str, seed: int
+) -> None:
+    assert_backend_equals_reference("triton", mod, mask, shape, dtype, seed, tiles)
+
+
+@st.composite
+def kernel_shapes(draw: st.DrawFn) -> Shape:
+    """What the kernels specialise on: head dimensions, groups of heads, and how the lengths end."""
+    block = draw(st.sampled_from([16, 32, 64]))
+    tail = st.sampled_from([0, 1, block - 1])
+    whole = st.integers(0, 96 // block)
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 2), (1, 4), (4, 1), (2, 1)]))
+    dim = st.sampled_from(HEAD_DIMS)
+    L, S = (block * draw(whole) + draw(tail) for _ in range(2))
+    return Shape(draw(st.integers(1, 2)), kv_heads, group, L, S, draw(dim), draw(dim), (block, block), False)
+
+
+@settings(max_examples=30)
+@given(
+    mod=st.sampled_from([None, Mod("score, b, h, q_idx, kv_idx", SLOPES)]),
+    mask=st.sampled_from([None, CAUSAL, Mod("b, h, q_idx, kv_idx", "(docs[q_idx] == docs[kv_idx])")]),
+    shape=kernel_shapes(),
+    dtype=st.sampled_from(DTYPES),
+    tiles=tiles,
+)
+def test_head_dimensions_groups_and_tails(
+    mod: Mod | None, mask: Mod | None, shape: Shape, dtype: torch.dtype, tiles: str
+) -> None:
+    assert_backend_equals_reference("triton", mod, mask, shape, dtype, 3, tiles)
+
+
+@pytest.mark.parametrize("E", HEAD_DIMS)
+def test_every_head_dimension(E: int) -> None:
+    shape = Shape(1, 1, 2, 33, 47, E, HEAD_DIMS[-1 - HEAD_DIMS.index(E)], (32, 32), False)
+    assert_backend_equals_reference("triton", None, CAUSAL, shape, torch.float32, E)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (20, 16), (16, 100), (100, 24), (1, 1), (7, 128), (1 << 20, 1 << 20)])
+def test_blocks_of_any_size(size: tuple[int, int]) -> None:
+    """Blocks that no tile divides, blocks smaller than a tile, a block larger than the sequence."""
+    L, S = (45, 61) if max(size) > 1 else (9, 11)
+    shape = Shape(1, 2, 1, L, S, 8, 8, size, False)
+    window = Mod("b, h, q_idx, kv_idx", "((q_idx - kv_idx < 20) & (kv_idx - q_idx < 9))")
+    assert_backend_equals_reference("triton", Mod("score, b, h, q_idx, kv_idx", SLOPES), window, shape, torch.float32, 1)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-3, 7.0])
+def test_any_scale(scale: float) -> None:
+    q, k, v = (torch.randn(1, 1, 40, 16) for _ in range(3))
+    mask = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 40, 40, BLOCK_SIZE=32)
+    ours, exact = (flex_attention(q, k, v, block_mask=mask, scale=scale, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_of_any_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 50, 3, 4, 24, generator=g)  # [B, L, 3, H, D], as a fused projection gives it
+    q = base[:, :, 0].transpose(1, 2).requires_grad_()
+    k = base[:, :, 1].transpose(1, 2)[:, ::2]
+    v = torch.randn(24, 2, 50, generator=g).permute(1, 2, 0)[:, None].expand(2, 2, 50, 24)  # columns far apart, heads shared
+    weight = torch.randn(2, 1, 1, 24, generator=g).expand(2, 4, 50, 24)
+    results = []
+    for backend in ("triton", "reference"):
+        out = flex_attention(q, k, v, enable_gqa=True, backend=backend)
+        results.append((out, *torch.autograd.grad(out, q, weight)))
+    assert results[0][0].stride() == results[1][0].stride()
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_whose_offsets_need_64_bits() -> None:
+    """Columns 2**25 elements apart: 64 of them reach beyond 2**31."""
+    apart, D, S = 1 << 25, 65, 3
+    memory = torch.zeros(apart * (D - 1) + S, dtype=torch.float16)  # untouched pages of it are never in memory
+    k = memory.as_strided((1, 1, S, D), (0, 0, 1, apart))
+    k.copy_(torch.randn(1, 1, S, D))
+    q, v = torch.randn(1, 1, 4, D, dtype=torch.float16), torch.randn(1, 1, S, D, dtype=torch.float16)
+    ours, exact = (flex_attention(q, k, v, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(ours, exact, rtol=2e-3, atol=2e-3)
+
+
+def test_auxiliary_outputs_and_rows_that_attend_to_nothing() -> None:
+    q, k, v = (torch.randn(1, 2, 48, 16, requires_grad=True) for _ in range(3))
+    mask = create_block_mask(lambda b, h, q_idx, kv_idx: (kv_idx < 20) & (q_idx > 3), None, None, 48, 48, BLOCK_SIZE=16)
+    out, aux = flex_attention(
+        q, k, v, block_mask=mask, backend="triton", return_aux=AuxRequest(lse=True, max_scores=True)
+    )
+    assert aux.lse is not None and aux.max_scores is not None
+    assert bool((out[:, :, :4] == 0).all()) and bool((aux.lse[:, :, :4] == -float("inf")).all())
+    grads = torch.autograd.grad(out.sum(), [q, k, v])
+    assert bool((grads[0][:, :, :4] == 0).all()) and all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_empty_lengths(lengths: tuple[int, int], masked: bool) -> None:
+    L, S = lengths
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (L, S, S))
+    mask = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, L, S) if masked else None
+    out = flex_attention(q, k, v, block_mask=mask, backend="triton")
+    grads = torch.autograd.grad(out.sum(), [q, k, v])
+    assert out.shape == (1, 2, L, 8) and bool((out == 0).all())
+    assert all(bool((g == 0).all()) for g in grads)
+
+
+def test_nan_and_infinity_reach_the_rows_that_read_them_and_no_other() -> None:
+    q, k, v = (torch.randn(1, 1, 40, 16) for _ in range(3))
+    q[0, 0, 5], q[0, 0, 7] = float("nan"), float("inf")
+    aux = AuxRequest(lse=True, max_scores=True)
+    results = [flex_attention(q, k, v, backend=b, return_aux=aux) for b in ("triton", "reference")]
+    for ours, exact in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_lists_are_followed_where_the_mask_function_says_otherwise() -> None:
+    """A full block is not masked, a block that is not listed not attended, and lists need not be sorted."""
+    count = torch.tensor([[[1, 2, 0]]], dtype=torch.int32)
+    index = torch.tensor([[[[2, 9, 9], [1, 0, 9], [9, 9, 9]]]], dtype=torch.int32)
+    full_count = torch.tensor([[[2, 1, 3]]], dtype=torch.int32)
+    full_index = torch.tensor([[[[1, 0, 9], [2, 9, 9], [2, 0, 1]]]], dtype=torch.int32)
+    never = BlockMask.from_kv_blocks(
+        count, index.clamp(max=2), full_count, full_index.clamp(max=2), 16,
+        lambda b, h, q_idx, kv_idx: q_idx > kv_idx + 10, (48, 41),
+    )  # fmt: skip
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for n in (48, 41, 41))
+    results = []
+    for backend in ("triton", "reference"):
+        out = flex_attention(q, k, v, block_mask=never, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [q, k, v])))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_lists_that_are_written_to_are_read_anew() -> None:
+    q, k, v = (torch.randn(1, 1, 32, 16, requires_grad=True) for _ in range(3))
+    mask = create_block_mask(flexattn.masks.causal_mask, None, None, 32, 32, BLOCK_SIZE=16)
+
+    def gradient(backend: str) -> torch.Tensor:
+        out = flex_attention(q, k, v, block_mask=mask, backend=backend)
+        return torch.autograd.grad(out.square().sum(), k)[0]
+
+    before = gradient("triton")
+    assert mask.full_kv_num_blocks is not None
+    mask.full_kv_num_blocks.zero_()
+    assert not torch.allclose(gradient("triton"), before)
+    torch.testing.assert_close(gradient("triton"), gradient("reference"), rtol=1e-5, atol=1e-5)
+
+
+def test_options_never_change_a_result_beyond_rounding() -> None:
+    q, k, v = (torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3))
+    banded = create_block_mask(lambda b, h, q, k: (q - k).abs() < 20, None, None, 70, 70, BLOCK_SIZE=16)
+    gapped = create_block_mask(lambda b, h, q, k: (k < 5) | (q - k).abs() < 20, None, None, 70, 70, BLOCK_SIZE=16)
+    for mask in (banded, gapped):
+        exact = flex_attention(q, k, v, block_mask=mask, backend="reference")
+        wanted = torch.autograd.grad(exact.square().sum(), [q, k, v])
+        for chosen in ({"BLOCKS_ARE_CONTIGUOUS": True}, {"BLOCK_M": 16, "BLOCK_N": 64}, {"PRESCALE_QK": True}):
+            out = flex_attention(q, k, v, block_mask=mask, kernel_options=chosen, backend="triton")
+            torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+            for ours, grad in zip(torch.autograd.grad(out.square().sum(), [q, k, v]), wanted, strict=True):
+                torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,236 @@
+"""Law 6: an emitted function, run by Triton's interpreter, computes what `evaluate` computes."""
+
+from __future__ import annotations
+
+import linecache
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_same
+from hypothesis import given, settings
+from kernels import apply_captured_grads, apply_gradient, apply_mask_mod, apply_score_mod
+from strategies import FLOATING, Mod, environment, mask_mods, score_mods
+from torch import Tensor
+
+from flexattn.backends.triton import captured_arguments, gradient_arguments
+from flexattn.codegen.emit import SPELLING, functions
+from flexattn.codegen.evaluate import EVALUATE, TORCH_DTYPE, Inputs, evaluate, wrap_index
+from flexattn.codegen.ir import DType, Kind, Node, Op, const, input_node
+from flexattn.codegen.jit import jitted
+from flexattn.codegen.pipeline import Variant, variant
+from flexattn.codegen.spec import SIGNATURES, apply, load
+from flexattn.codegen.trace import trace
+
+B, H, L, S, TILE = 1, 3, 13, 19, 32
+
+
+def named_inputs(**more: Tensor) -> dict[str, Tensor]:
+    index = {"b": torch.tensor(B), "h": torch.tensor(H)}
+    index |= {"q_idx": torch.arange(L).view(-1, 1), "kv_idx": torch.arange(S)}
+    return {**{k: t.int() for k, t in index.items()}, **more}
+
+
+def arguments_of(v: Variant, captured: list[Tensor]) -> tuple[Any, ...]:
+    n = len(v.captured)
+    return captured_arguments(captured[:n], captured[n:], [], torch.device("cpu"))
+
+
+def inputs_of(v: Variant, captured: list[Tensor], **more: Tensor) -> Inputs:
+    n = len(v.captured)
+    return Inputs(named_inputs(**more), captured[:n], captured[n:])
+
+
+@settings(max_examples=60)
+@given(mod=score_mods())
+def test_law_6_an_emitted_score_mod_and_its_derivative_equal_evaluate(mod: Mod) -> None:
+    program, captured, _ = trace(mod.bind(environment()), None)
+    v = variant(program)
+    made = jitted(functions(v))
+    score, grad = torch.randn(L, S), torch.randn(L, S)
+    out = torch.full((L, S), float("nan"))
+    packed = arguments_of(v, captured)
+    if made.score_mod is not None:
+        apply_score_mod[(1,)](out, score, B, H, packed, L, S, made.score_mod, TILE, TILE)
+        (want,) = evaluate([v.score], inputs_of(v, captured, score=score))
+        assert_same(out, want.expand(L, S), program, ulps=32)
+    if made.score_mod_grad is not None:
+        apply_gradient[(1,)](out, grad, score, B, H, packed, L, S, made.score_mod_grad, TILE, TILE)
+        root = v.derivative.score
+        want = torch.zeros(()) if root is None else evaluate([root], inputs_of(v, captured, score=score, grad=grad))[0]
+        assert_same(out, want.expand(L, S), program, ulps=64)
+
+
+@settings(max_examples=60)
+@given(mask=mask_mods())
+def test_law_6_an_emitted_mask_mod_equals_evaluate(mask: Mod) -> None:
+    program, captured, _ = trace(None, mask.bind(environment()))
+    v = variant(program)
+    made = jitted(functions(v))
+    if v.mask is None:
+        assert made.mask_mod is None
+        return
+    out = torch.zeros(L, S, dtype=torch.bool)
+    apply_mask_mod[(1,)](out, B, H, arguments_of(v, captured), L, S, made.mask_mod, TILE, TILE)
+    (want,) = evaluate([v.mask], inputs_of(v, captured))
+    assert torch.equal(out, want.expand(L, S)), program
+
+
+@settings(max_examples=40)
+@given(mod=score_mods())
+def test_law_6_emitted_captured_gradients_equal_a_scatter_of_evaluate(mod: Mod) -> None:
+    env = environment()
+    program, captured, _ = trace(mod.bind(env), None)
+    v = variant(program)
+    wanted = [i for i, t in enumerate(captured[: len(v.captured)]) if any(t is env[n] for n in FLOATING)]
+    made = jitted(functions(v, wanted))
+    if made.captured_grads is None:
+        return
+    score, grad, keep = torch.randn(L, S), torch.randn(L, S), torch.rand(L, S) > 0.3
+    inputs = inputs_of(v, captured, score=score, grad=grad)
+    expected = {i: torch.zeros(captured[i].shape, dtype=torch.float64) for i in wanted}
+    for read, root in v.derivative.loads:
+        assert isinstance(read.args[0].value, tuple)
+        number = read.args[0].value[0]
+        (value,) = evaluate([root], inputs)
+        value = torch.where(keep, value, 0.0).double()
+        index = [wrap_index(i, n) for i, n in zip(evaluate(read.args[1:], inputs), captured[number].shape, strict=True)]
+        places = tuple(i.expand(L, S) for i in index)
+        if places:
+            expected[number].index_put_(places, value, accumulate=True)
+        else:
+            expected[number] += value.sum()
+    for transposed in (False, True):
+        sums = [torch.zeros(captured[i].shape) for i in wanted]
+        apply_captured_grads[(1,)](
+            grad, score, keep, B, H, arguments_of(v, captured), gradient_arguments(sums), L, S, made.captured_grads,
+            TILE, TILE, transposed,
+        )  # fmt: skip
+        for i, found in zip(wanted, sums, strict=True):
+            torch.testing.assert_close(found.double(), expected[i], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+# ---- every operation, on values that its formula might get wrong
+
+INTEGERS = [-130, -9, -8, -7, -3, -2, -1, 0, 1, 2, 3, 5, 7, 8, 31, 120]
+FLOATS = [-1e4, -88.0, -7.5, -2.5, -1.0, -0.5, -1e-3, -1e-9, 0.0, 1e-9, 1e-3, 0.3, 0.5, 1.0, 1.5, 2.5, 3.7, 40.0, 3e4]
+SPECIAL = [float("nan"), float("inf"), -float("inf")]
+DOMAIN = {
+    Op.EXP: 80.0, Op.EXP2: 100.0, Op.EXPM1: 80.0, Op.SIN: 100.0, Op.COS: 100.0,
+}  # fmt: skip
+NONZERO = frozenset((Op.FLOORDIV, Op.TRUNCDIV, Op.MOD, Op.FMOD, Op.DIV))
+SHIFTS = frozenset((Op.SHL, Op.SHR))
+ROUNDED_FIRST = frozenset((Op.FLOORDIV, Op.TRUNCDIV))  # torch rounds the quotient of 16-bit floats before it truncates
+TYPES = {"b": [DType.BOOL], "i": [DType.INT32, DType.INT64, DType.INT8, DType.INT16], "f": [DType.FLOAT32]}
+CASES = [
+    (op, dtype)
+    for op, signature in SIGNATURES.items()
+    for letter in signature.accepts
+    for dtype in [*TYPES[letter], *([DType.BFLOAT16, DType.FLOAT16] if letter == "f" and signature.arity == 2 else [])]
+    if not (op in ROUNDED_FIRST and dtype in (DType.BFLOAT16, DType.FLOAT16))
+]
+
+
+def values_of(op: Op, dtype: DType, second: bool) -> Tensor:
+    if dtype is DType.BOOL:
+        return torch.tensor([False, True])
+    if dtype.is_int:
+        values = [v for v in INTEGERS if dtype is not DType.INT8 or abs(v) < 128]
+        if op in NONZERO and second:
+            values = [v for v in values if v]
+        if op is Op.POW:
+            values = [0, 1, 2, 3, 5] if second else [v for v in values if abs(v) < 10]
+        if op in SHIFTS and second:
+            values = [0, 1, 3, 6, 200] if dtype is not DType.INT8 else [0, 1, 3, 6]
+        return torch.tensor(values, dtype=TORCH_DTYPE[dtype])
+    values = [v for v in FLOATS if abs(v) <= DOMAIN.get(op, 1e9)]
+    if op in NONZERO and second:
+        values = [v for v in values if abs(v) > 1e-2]
+    if op is Op.POW:
+        values = [-3.0, -1.5, -1.0, 0.0, 0.5, 2.0, 3.0] if second else [-2.0, -1.0, 0.0, 0.5, 1.0, 3.7]
+    if op in (Op.MAXIMUM, Op.MINIMUM, Op.LT, Op.LE, Op.EQ, Op.NE, Op.ABS, Op.NEG, Op.EXP, Op.TANH, Op.SIGMOID):
+        values = values + SPECIAL
+    return torch.tensor(values, dtype=TORCH_DTYPE[dtype])
+
+
+def table_of(op: Op, dtype: DType) -> tuple[Variant, list[Tensor]]:
+    """A score that is `op` of c0[q_idx] (and c1[kv_idx]), cast to float32, and what to capture."""
+    reads = [
+        load(Node(Op.CAPTURED, (), dtype, Kind.ELEMENT, (i, 1)), input_node(axis, DType.INT32))
+        for i, axis in zip(range(SIGNATURES[op].arity), ("q_idx", "kv_idx"), strict=False)
+    ]
+    root = Node(Op.CAST, (apply(op, *reads),), DType.FLOAT32, Kind.ELEMENT)
+    captured = [values_of(op, dtype, bool(i)) for i in range(len(reads))]
+    return Variant("", root, None, DType.FLOAT32, tuple((dtype, 1) for _ in reads), 0, 0), captured
+
+
+@pytest.mark.parametrize(("op", "dtype"), CASES, ids=lambda x: x.value)
+def test_every_operation_computes_what_torch_computes(op: Op, dtype: DType) -> None:
+    v, captured = table_of(op, dtype)
+    rows, columns = len(captured[0]), len(captured[-1])
+    index = {"q_idx": torch.arange(rows).view(-1, 1), "kv_idx": torch.arange(columns), "score": torch.zeros(())}
+    (want,) = evaluate([v.score], Inputs({k: t.int() if k != "score" else t for k, t in index.items()}, captured))
+    out = torch.full((rows, columns), 77.0)
+    made = jitted(functions(v)).score_mod
+    apply_score_mod[(1,)](
+        out, torch.zeros(rows, columns), 0, 0, arguments_of(v, captured), rows, columns, made, TILE, TILE
+    )
+    want = want.expand(rows, columns)
+    if dtype in (DType.BFLOAT16, DType.FLOAT16):  # one rounding, to nearest or (in the interpreter) towards zero
+        torch.testing.assert_close(out, want, rtol=2**-7, atol=1e-6, equal_nan=True)
+    else:
+        torch.testing.assert_close(out, want, rtol=4e-6, atol=1e-12 if op is not Op.COS else 1e-6, equal_nan=True)
+
+
+def test_every_operation_has_a_spelling() -> None:
+    assert set(SPELLING) == set(EVALUATE) | {Op.DETACH}
+
+
+# ---- the text
+
+ALIBI = "lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)"
+
+
+def emitted(body: str, **options: Any) -> Any:
+    return functions(variant(trace(eval(body, environment()), None).program), **options)
+
+
+def test_the_text_is_the_same_for_closures_over_other_tensors() -> None:
+    assert emitted(ALIBI) == emitted(ALIBI)
+    assert jitted(emitted(ALIBI)).score_mod is jitted(emitted(ALIBI)).score_mod
+
+
+def test_a_function_is_named_after_its_content() -> None:
+    first, second = emitted(ALIBI).score_mod, emitted(ALIBI.replace("+", "-", 1)).score_mod
+    assert first.name != second.name
+    assert first.name.startswith("score_mod_")
+
+
+def test_the_text_can_be_read_where_python_looks_for_source() -> None:
+    function = emitted(ALIBI).score_mod
+    jitted(emitted(ALIBI))
+    linecache.checkcache()
+    assert "".join(linecache.getlines(f"<flexattn {function.name}>")) == function.source
+
+
+def test_a_tensor_with_more_elements_than_32_bits_count_is_indexed_by_64_bits() -> None:
+    assert "to(tl.int64)" in emitted(ALIBI, wide=(0,)).score_mod.source
+    assert "to(tl.int64)" not in emitted(ALIBI).score_mod.source
+
+
+def test_a_constant_score_has_the_shape_of_the_tile() -> None:
+    v = Variant("", const(2.5, DType.FLOAT32), None, DType.FLOAT32, (), 0, 0)
+    out = torch.zeros(L, S)
+    apply_score_mod[(1,)](out, torch.randn(L, S), 0, 0, (), L, S, jitted(functions(v)).score_mod, TILE, TILE)
+    assert bool((out == 2.5).all())
+
+
+def test_an_index_out_of_range_reads_the_nearest_element_and_an_empty_tensor_reads_zero() -> None:
+    short, none = torch.tensor([1.0, 2.0]), torch.zeros(0)
+    program, captured, _ = trace(lambda s, b, h, q, k: short[q - 3] + none[k], None)
+    v = variant(program)
+    out = torch.zeros(L, S)
+    packed = arguments_of(v, captured)
+    apply_score_mod[(1,)](out, torch.randn(L, S), 0, 0, packed, L, S, jitted(functions(v)).score_mod, TILE, TILE)
+    (want,) = evaluate([v.score], inputs_of(v, captured, score=torch.zeros(L, S)))
+    assert torch.equal(out, want.expand(L, S))

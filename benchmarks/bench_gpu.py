@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often the contenders take turns")
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of repetitions of each measurement")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after that long")
-    parser.add_argument("--again", action="store_true", help="measure also what --out has already")
+    parser.add_argument("--again", action="store_true", help="measure also what --out has already, failures included")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-<date>.json")
     options = parser.parse_args()
     if options.smoke:

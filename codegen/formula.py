@@ -9,13 +9,13 @@ from .ir import Node, Op, walk
 
 # operator, precedence
 _INFIX: dict[Op, tuple[str, int]] = {
-    Op.OR: ("|", 1),
-    Op.XOR: ("^", 2),
-    Op.AND: ("&", 3),
-    Op.LT: ("<", 4),
-    Op.LE: ("<=", 4),
-    Op.EQ: ("==", 4),
-    Op.NE: ("!=", 4),
+    Op.LT: ("<", 1),
+    Op.LE: ("<=", 1),
+    Op.EQ: ("==", 1),
+    Op.NE: ("!=", 1),
+    Op.OR: ("|", 2),
+    Op.XOR: ("^", 3),
+    Op.AND: ("&", 4),
     Op.SHL: ("<<", 5),
     Op.SHR: (">>", 5),
     Op.ADD: ("+", 6),
@@ -75,7 +75,7 @@ def _print(node: Node, text: Mapping[Node, tuple[str, int]], names: Mapping[str,
         return _PREFIX[op] + inner(args[0], 8), 8
     if op in (Op.LT, Op.LE) and str(args[0].value) == "kv_idx" and str(args[1].value) == "q_idx":
         sign = ">" if op is Op.LT else ">="  # the way round people write it
-        return f"q_idx {sign} kv_idx", 4
+        return f"q_idx {sign} kv_idx", 1
     if op in _INFIX:
         sign, precedence = _INFIX[op]
         right = precedence if op in _ASSOCIATIVE else precedence + 1

@@ -10,6 +10,7 @@ from .block_mask import BlockMask
 from .codegen.errors import TraceError
 from .create import create_block_mask, create_mask
 from .debug import debug_mode
+from .errors import KernelError
 from .explain import Explanation, explain
 from .masks import and_masks, noop_mask, not_mask, or_masks
 
@@ -20,6 +21,7 @@ __all__ = [
     "AuxRequest",
     "BlockMask",
     "Explanation",
+    "KernelError",
     "TraceError",
     "and_masks",
     "create_block_mask",

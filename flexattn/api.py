@@ -211,7 +211,7 @@ def _choose_backend(backend: str, query: Tensor, value: Tensor) -> str:
         raise ValueError(f"backend='triton' {lacking}. Use backend='tiled', or leave the choice to backend='auto'")
     if backend != "auto":
         return backend
-    if query.device.type == "cpu":
+    if query.device.type in ("cpu", "meta"):
         return "tiled"
     if lacking and not torch.compiler.is_compiling():
         say_once(

@@ -20,9 +20,11 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from . import ops, validate
-from .codegen.pipeline import variant
-from .codegen.trace import trace
+from .codegen.pipeline import Variant, variant
+from .codegen.places import place_of
+from .codegen.trace import describe, trace
 from .debug import check_indices, debugging
+from .errors import KernelError
 from .problem import Problem
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -66,10 +68,26 @@ def _attention(
     validate.captured(captured, query.device)
     if debugging():
         check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
-    result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
-        query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend, options
-    )
+    try:
+        result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
+            query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend, options
+        )
+    except KernelError as error:
+        raise _placed(error, score_mod, mask_mod, variant(program)) from error.__cause__
     return result
+
+
+def _placed(
+    error: KernelError, score_mod: Callable[..., Tensor] | None, mask_mod: Callable[..., Tensor] | None, parsed: Variant
+) -> KernelError:
+    """A kernel's error with the user's file and line."""
+    mod = mask_mod if error.role == "mask_mod" else score_mod
+    if mod is None:
+        return error
+    place = None if error.node is None else place_of(mod, error.role, parsed.score_dtype, error.node)
+    if place is None:
+        return error.at(f"{error.role} {describe(mod)}", "")
+    return error.at(f"{error.role} at {place.where}", place.source)
 
 
 def block_lists(

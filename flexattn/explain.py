@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .codegen.emit import functions
 from .codegen.formula import formula
 from .codegen.ir import Node
-from .codegen.pipeline import variant
+from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
 
 
@@ -26,6 +27,9 @@ class Explanation:
         captured: a line for each captured tensor and run-time number: name, what it is.
         formula: the modified score and the mask as mathematics.
         derivative: the gradients of the score and of captured tensors; `grad` is that of the modified score.
+        functions: the Triton functions that are generated, as text; compiled into the kernels of `flexattn.templates`.
+        kernels: the kernels for the target, and where they could be compiled their configuration, registers, spills and
+            shared memory.
         backend: which backend `flex_attention` chooses on a CPU, and how it applies the score.
     """
 
@@ -33,6 +37,8 @@ class Explanation:
     captured: tuple[str, ...]
     formula: str
     derivative: str
+    functions: str
+    kernels: str
     backend: str
 
     def __str__(self) -> str:
@@ -41,6 +47,8 @@ class Explanation:
             "captured": "\n".join(self.captured) or "nothing",
             "formula": self.formula,
             "derivative": self.derivative,
+            "functions": self.functions,
+            "kernels": self.kernels,
             "backend": self.backend,
         }
         return "\n\n".join(f"{title}\n" + _indent(text) for title, text in sections.items())
@@ -54,6 +62,8 @@ def explain(
     mask_mod: Callable[..., Tensor] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    target: str | None = None,
     quiet: bool = False,
 ) -> Explanation:
     """Print what becomes of a score_mod and a mask_mod, and return it.
@@ -62,10 +72,13 @@ def explain(
         score_mod: function `(score, b, h, q_idx, kv_idx)`, or None.
         mask_mod: function `(b, h, q_idx, kv_idx)`, or None.
         dtype: dtype of the query; scores are float64 for float64 and float32 for any other.
+        head_dim: of query and value, for the choice of the kernels' configuration.
+        target: GPU to compile for, such as "sm_90" or "gfx942"; it need not be there. Default: the current one, if any.
         quiet: do not print.
 
     Raises:
         TraceError: for a mod that cannot be traced.
+        ValueError: for an unknown target, or if Triton's interpreter is on, which compiles nothing.
 
     Example:
         >>> import flexattn
@@ -87,7 +100,13 @@ def explain(
     lines += [f"i{i}: {v}, a run-time integer" for i, v in enumerate(ints)]
     roots = {"score'": parsed.score} | ({} if parsed.mask is None else {"keep": parsed.mask})
     report = Explanation(
-        program, tuple(lines), formula(roots, names), _derivative(parsed.derivative, names), _backend(parsed)
+        program,
+        tuple(lines),
+        formula(roots, names),
+        _derivative(parsed.derivative, names),
+        _functions(parsed, captured),
+        _kernels(parsed, captured, ints, dtype, head_dim, target),
+        _backend(parsed),
     )
     if not quiet:
         for role, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
@@ -108,6 +127,30 @@ def _derivative(derivative: Any, names: Mapping[str, str]) -> str:
             place += "'"
         roots[place] = grad
     return formula(roots, names) if roots else "nothing depends on the score or on a captured tensor"
+
+
+def _functions(parsed: Variant, captured: Sequence[Tensor]) -> str:
+    wanted = [i for i, t in enumerate(captured) if t.requires_grad]
+    made = [f for f in functions(parsed, wanted) if f is not None]
+    return "\n".join(f.source for f in made).rstrip() or "none: the templates compute unmodified scores by themselves"
+
+
+def _kernels(
+    parsed: Variant, captured: Sequence[Tensor], ints: Sequence[Any], dtype: torch.dtype, head_dim: int, target: str | None
+) -> str:
+    if target is None and not torch.cuda.is_available():
+        return "attention_forward, attention_backward_dq, attention_backward_dkdv: no GPU here; name one, target='sm_90'"
+    if dtype is torch.float64:
+        return "none: float64 is computed by torch operators"
+    from .backends.survey import survey
+    from .backends.target import interpreted, named
+
+    if interpreted():
+        if target is None:
+            return "run by Triton's interpreter, which compiles nothing"
+        raise ValueError("Triton's interpreter is on, which compiles nothing: unset TRITON_INTERPRET to use target=")
+    found = survey(parsed, captured, ints, dtype, head_dim, None if target is None else named(target))
+    return "\n".join(map(str, found))
 
 
 def _backend(parsed: Any) -> str:

@@ -69,6 +69,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of compiled kernels, which tests/compile_only hands over as a property."""
+    reports = terminalreporter.stats.get("passed", [])
+    records = [r for report in reports for name, value in report.user_properties if name == "compiled" for r in value]
+    if records:
+        sys.path.insert(0, str(ROOT / "scripts"))
+        from compile_table import table
+
+        terminalreporter.section("kernels compiled without a device (bfloat16, 8 heads, S = 4096)")
+        terminalreporter.write_line(table(records))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _fast_interpreter() -> Iterator[None]:
     """Triton's interpreter patches its language at every call of a device function; inside a kernel once is enough."""

@@ -154,7 +154,9 @@ def test_a_file_opens_with_its_purpose(path: Path) -> None:
 def test_nothing_is_evaluated_or_executed(path: Path) -> None:
     calls = [node.func for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Call)]
     names = {call.id for call in calls if isinstance(call, ast.Name)}
-    assert names.isdisjoint({"eval", "exec", "compile", "__import__"})
+    # jit.py executes what emit.py printed, and nothing else.
+    allowed = {"exec", "compile"} if path == Path("codegen/jit.py") else set()
+    assert names & {"eval", "exec", "compile", "__import__"} == allowed
 
 
 def test_private_pytorch_is_touched_in_one_place() -> None:

@@ -33,6 +33,7 @@ class Call(NamedTuple):
         arguments: name to value, those that a configuration does not change.
         shaped: the rest, given a configuration: tiles and what follows from them. `grid` is the number of programs.
         device: where the tensors are.
+        compiler_options: what the caller tells Triton's compiler for one make of GPU.
     """
 
     kernel: Any
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     shaped: Callable[[KernelConfig], dict[str, Any]]
     device: torch.device
+    compiler_options: dict[str, Any] = {}  # noqa: RUF012, never written to
 
 
 class Chosen(NamedTuple):
@@ -60,7 +62,13 @@ _CHOSEN: dict[tuple[Any, ...], Chosen] = {}
 def launch(call: Call) -> None:
     """Run a call with the best configuration for the device of its tensors."""
     with _on(call.device):
-        run(call, _interpreted(call.pinned) if interpreted() else choose(call, None).config)
+        if interpreted():
+            return run(call, _interpreted(call.pinned))
+        try:
+            run(call, choose(call, None).config)
+        except OutOfResources:  # chosen for operands whose alignment needs less
+            _CHOSEN.pop(_place(call, None), None)
+            run(call, choose(call, None).config)
 
 
 def run(call: Call, config: KernelConfig) -> None:
@@ -71,11 +79,18 @@ def run(call: Call, config: KernelConfig) -> None:
         return
     with _on(call.device):
         try:
-            call.kernel[grid](
-                **call.arguments, **shaped, num_warps=config.num_warps, num_stages=config.num_stages
-            )
+            call.kernel[grid](**call.arguments, **shaped, **_options(call, config))
         except (CompilationError, InterpreterError) as error:
             raise explained(error) from error
+
+
+def _options(call: Call, config: KernelConfig) -> dict[str, Any]:
+    """What Triton's compiler is told, beside the arguments."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, **call.compiler_options}
+
+
+def _place(call: Call, target: Target | None) -> tuple[Any, ...]:
+    return (*call.key, call.pinned, *call.compiler_options.items(), target or call.device)
 
 
 def choose(call: Call, target: Target | None) -> Chosen:
@@ -83,7 +98,7 @@ def choose(call: Call, target: Target | None) -> Chosen:
 
     If all that fit spill, the one that spills least. Raises `ValueError` if what the caller pinned fits nowhere.
     """
-    place = (*call.key, call.pinned, target or call.device)
+    place = _place(call, target)
     chosen = _CHOSEN.get(place)
     if chosen is None:
         chosen = _CHOSEN[place] = _search(call, target or current(), loads=target is None)
@@ -125,7 +140,7 @@ def compiled(call: Call, config: KernelConfig) -> Any:
     shaped.pop("grid")
     try:
         return call.kernel.run(
-            grid=(1,), warmup=True, **call.arguments, **shaped, num_warps=config.num_warps, num_stages=config.num_stages
+            grid=(1,), warmup=True, **call.arguments, **shaped, **_options(call, config)
         )
     except CompilationError as error:
         raise explained(error) from error

@@ -175,7 +175,7 @@ class _CapturedGradients:
         total.view(-1).index_add_(0, flat.expand(shape).reshape(-1), grad.reshape(-1))
 
     def results(self) -> list[Tensor]:
-        return [self.sums[i].to(self.captured[i].dtype) for i in self.wanted]
+        return [self.sums[i].to(self.captured[i].device, self.captured[i].dtype) for i in self.wanted]
 
 
 def _number(load: Node) -> int:

@@ -6,6 +6,7 @@ Nothing of size S x S is allocated: outputs, row statistics, and the transposed 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
+from ..codegen.pipeline import Variant
 from ..config import KernelConfig, Pass, Pinned, fitted, pinned
 from ..layout import empty_like_strides
 from ..problem import Problem
@@ -87,8 +89,8 @@ def backward(
             result.dk.zero_(), result.dv.zero_()
         else:
             launch(dkdv_call(problem, dout, lse, delta, result, options))
-    dcaptured = [g.to(problem.captured[i].dtype) for g, i in zip(result.dcaptured, wanted, strict=True)]
-    return result._replace(dcaptured=dcaptured)
+    like = [problem.captured[i] for i in wanted]
+    return result._replace(dcaptured=[g.to(t.device, t.dtype) for g, t in zip(result.dcaptured, like, strict=True)])
 
 
 def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) -> Call:
@@ -189,13 +191,18 @@ def _call(
     key_of_choice = (which, made, query.dtype, D, DV, problem.block_size if listed else None, precision)
     return Call(
         kernel, which, key_of_choice, query.element_size(), max(_padded(D), _padded(DV)), pinned(which, options),
-        arguments, shaped, query.device,
+        arguments, shaped, query.device, _amd_options(options) if torch.version.hip else {},
     )  # fmt: skip
 
 
 def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
     wide = tuple(i for i, t in enumerate(problem.tensors) if _reach(t) > FARTHEST)
-    return jitted(functions(problem.variant, wanted, wide))
+    return _functions_of(problem.variant, tuple(wanted), wide)
+
+
+@lru_cache(maxsize=1024)
+def _functions_of(variant: Variant, wanted: tuple[int, ...], wide: tuple[int, ...]) -> Jitted:
+    return jitted(functions(variant, wanted, wide))
 
 
 def captured_arguments(
@@ -262,13 +269,12 @@ def _precision(query: Tensor) -> str:
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def _amd_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("kpack", "matrix_instr_nonkdim", "waves_per_eu") if name in options}
+
+
 def _is_contiguous(problem: Problem, by_key: bool, options: Mapping[str, Any]) -> bool:
     """Whether adjacent blocks can be walked without reading their numbers: if the caller says so and it is true."""
     if not problem.block_mask or not options.get("BLOCKS_ARE_CONTIGUOUS"):
         return False
     return kernel_lists.contiguous(problem.block_mask, -(-problem.key.shape[2] // problem.block_size[1]), by_key)
-
-
-def available(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device."""
-    return interpreted() or device.type == "cuda"

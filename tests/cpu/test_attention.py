@@ -244,7 +244,7 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": torch.randn(2, 8, 50, 16)}, ValueError, "pass enable_gqa=True"),
     ({"query": torch.randn(2, 6, 50, 16), "enable_gqa": True}, ValueError, "6 heads cannot be divided among 4"),
     ({"return_lse": True, "return_aux": AuxRequest(lse=True)}, ValueError, "both return_lse and return_aux"),
-    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; choose one of 'auto', 'tiled', 'reference'"),
+    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; choose one of 'auto', 'triton', 'tiled', 'reference'"),
     ({"scale": torch.tensor(1.0)}, TypeError, "scale is a Tensor"),
     ({"kernel_options": {"BLOK_M": 64}}, ValueError, "unknown kernel option 'BLOK_M'; did you mean 'BLOCK_M'"),
     ({"kernel_options": {"fwd_FOO": 1}}, ValueError, "unknown kernel option 'fwd_FOO'"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexattn
@@ -46,10 +47,20 @@ def test_opcheck_of_block_mask() -> None:
 
 
 def test_meta_tensors_give_shapes() -> None:
-    say_once.cache_clear()
     q = torch.empty(2, 4, 40, 8, device="meta")
-    with pytest.warns(UserWarning, match="runs on meta by torch operators"):
-        assert flex_attention(q, q, q[..., :5]).shape == (2, 4, 40, 5)
+    assert flex_attention(q, q, q[..., :5]).shape == (2, 4, 40, 5)
+
+
+def test_a_gpu_gets_fused_kernels_and_is_told_once_where_it_does_not() -> None:
+    say_once.cache_clear()
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 40, 8, device="cuda", dtype=torch.bfloat16)
+        assert flexattn.api._choose_backend("auto", q, q) == "triton"
+        for refused, why in ((q.double(), "float32, not in float64"), (q.expand(2, 4, 40, 8).repeat(1, 1, 1, 64), "512")):
+            with pytest.warns(UserWarning, match=f"operators .*{why}"):
+                assert flexattn.api._choose_backend("auto", refused, refused) == "tiled"
+            with pytest.raises(ValueError, match=f"{why}.*Use backend='tiled'"):
+                flexattn.api._choose_backend("triton", refused, refused)
 
 
 def test_flops_are_those_of_the_visited_blocks() -> None:

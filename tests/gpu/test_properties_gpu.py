@@ -75,11 +75,19 @@ def test_naming_the_backend_changes_nothing(backend: str) -> None:
     assert all(torch.equal(named[name], other[name]) for name in other)
 
 
-def test_tiles_that_do_not_fit_are_refused_by_what_they_lack() -> None:
-    q, k, v = qkv(1, 1, L=512, E=256, dtype=torch.float32)
-    options = {"BLOCK_M": 256, "BLOCK_N": 256, "num_stages": 5, "num_warps": 8}
+# Tiles of few elements and many stages: larger ones are refused as well, after minutes in the compiler.
+@pytest.mark.parametrize(
+    ("dtype", "tiles"),
+    [
+        (torch.bfloat16, {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 8}),
+        (torch.float32, {"BLOCK_M": 16, "BLOCK_N": 128, "num_stages": 5}),
+    ],
+    ids=["bfloat16", "float32"],
+)
+def test_tiles_that_do_not_fit_are_refused_by_what_they_lack(dtype: torch.dtype, tiles: dict[str, int]) -> None:
+    q, k, v = qkv(1, 1, L=512, E=256, dtype=dtype)
     with pytest.raises(ValueError, match="shared"):
-        flex_attention(q, k, v, kernel_options=options)
+        flex_attention(q, k, v, kernel_options={**tiles, "num_warps": 8})
     assert_right(Case(q, k, v))  # the refusal is of the options: the table's own choice fits
 
 

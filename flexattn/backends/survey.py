@@ -1,0 +1,81 @@
+"""What the kernels of a variant become on a device: template, configuration, registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codegen.pipeline import Variant
+from ..problem import Problem
+from .launch import Call, choose
+from .resources import Resources
+from .target import Target, compiling_for
+from .triton import Backward, Forward, dkdv_call, dq_call, forward_call
+
+HEADS, LENGTH = 8, 4096
+
+
+class Compiled(NamedTuple):
+    """One kernel: its template's name, its configuration in words, what it needs, and the seconds it took to get it."""
+
+    template: str
+    config: str
+    resources: Resources
+    seconds: float
+    kernel: Any
+
+    def __str__(self) -> str:
+        return f"{self.template}: {self.config}; {self.resources}"
+
+
+def survey(
+    variant: Variant,
+    captured: Sequence[Tensor],
+    ints: Sequence[int],
+    dtype: torch.dtype,
+    head_dim: int,
+    target: Target | None,
+) -> list[Compiled]:
+    """The forward, dQ and dK/dV kernels of a variant, compiled for `target` or the current device; nothing is run.
+
+    Gradients are asked for of the captured tensors that require them.
+    """
+    found = []
+    with nullcontext() if target is None else compiling_for(target):
+        for call in calls(variant, captured, ints, dtype, head_dim, "cuda" if target is None else "cpu"):
+            start = time.perf_counter()
+            chosen = choose(call, target)
+            assert chosen.resources is not None
+            c = chosen.config
+            words = f"BLOCK_M={c.BLOCK_M}, BLOCK_N={c.BLOCK_N}, num_warps={c.num_warps}, num_stages={c.num_stages}"
+            name = call.kernel.fn.__name__
+            found.append(Compiled(name, words, chosen.resources, time.perf_counter() - start, chosen.kernel))
+    return found
+
+
+def calls(
+    variant: Variant, captured: Sequence[Tensor], ints: Sequence[int], dtype: torch.dtype, head_dim: int, device: str
+) -> list[Call]:
+    """The calls of an attention of ordinary size, with block lists if there is a mask."""
+    q, k, v = (torch.empty(1, HEADS, LENGTH, head_dim, dtype=dtype, device=device) for _ in range(3))
+    row = torch.empty(1, HEADS, LENGTH, device=device)
+    blocks = LENGTH // 128
+    lists = []
+    if variant.mask is not None:
+        count, index = torch.zeros(1, 1, blocks, dtype=torch.int32, device=device), torch.zeros(1, 1, blocks, blocks)
+        lists = [count, index.to(count)] * 2
+    captured = [t.detach().to(device).requires_grad_(t.requires_grad) for t in captured]
+    wanted = [i for i, t in enumerate(captured) if t.requires_grad]
+    problem = Problem(q, k, v, captured, lists, ints, (128, 128), variant, head_dim**-0.5)
+    sums = [torch.empty(captured[i].shape, device=device) for i in wanted]
+    gradients = Backward(q, k, v, sums)
+    return [
+        forward_call(problem, Forward(q, row, row), {}),
+        dq_call(problem, q, row, row, gradients, wanted, {}),
+        dkdv_call(problem, q, row, row, gradients, {}),
+    ]

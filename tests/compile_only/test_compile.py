@@ -1,0 +1,85 @@
+"""The kernels compile for GPUs that are not there: no spills, the right matrix instruction, shared memory that fits.
+
+In a process of its own, since the tests run Triton's interpreter, with an empty cache, so that times are those of compiling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+def run(*command: str, cache: Path) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", list(MATRIX))
+def test_default_kernels_compile(target: str, tmp_path: Path, record_property: Any) -> None:
+    records = json.loads(run("scripts/compile_table.py", "--json", target, cache=tmp_path))
+    record_property("compiled", records)
+    assert len(records) == 2 * 3 * 3  # head dimensions, variants, kernels
+    for record in records:
+        assert record["shared"] <= record["limit"], record
+        assert record["spilled"] == 0, record
+        assert record["matrix"] == MATRIX[target], record
+
+
+REPORT = """
+import torch, flexattn
+slopes = torch.ones(8, requires_grad=True)
+alibi = lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)
+report = flexattn.explain(alibi, flexattn.masks.causal_mask, dtype=torch.bfloat16, head_dim=128, target="sm_90", quiet=True)
+print(report.kernels)
+"""
+
+
+def test_explain_compiles_for_a_gpu_that_is_only_named(tmp_path: Path) -> None:
+    lines = run("-c", REPORT, cache=tmp_path).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "attention_forward", "attention_backward_dq", "attention_backward_dkdv",
+    ]  # fmt: skip
+    assert all("BLOCK_M=" in line and " registers, 0 bytes spilled, " in line for line in lines)
+
+
+CHAIN = """
+import torch
+from flexattn import config
+from flexattn.backends import launch
+from flexattn.backends.survey import calls
+from flexattn.backends.target import compiling_for, named
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import trace
+from flexattn.config import KernelConfig, Pinned
+call = calls(variant(trace(None, None).program), [], [], torch.bfloat16, 128, "cpu")[0]
+target = named("sm_90")
+with compiling_for(target):
+    launch.chain = lambda *args: (KernelConfig(64, 64, 4, 9), KernelConfig(128, 128, 4, 1), KernelConfig(64, 64, 4, 1))
+    assert launch.resources(launch.compiled(call, KernelConfig(128, 128, 4, 1))).spilled > 0
+    chosen = launch.choose(call, target)
+    print(chosen.config.BLOCK_M, chosen.config.num_warps, chosen.resources.spilled)
+    launch.chain = config.chain
+    pinned = Pinned(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=9)
+    try:
+        launch.choose(call._replace(pinned=pinned), target)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_configuration_that_does_not_fit_or_spills_gives_way_to_the_next(tmp_path: Path) -> None:
+    chosen, refusal = run("-c", CHAIN, cache=tmp_path).splitlines()
+    assert chosen == "64 4 0"
+    assert refusal.startswith("no configuration of the forward kernel with BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=9 fits")
+    assert "bytes of shared memory, cuda 90 has 232448" in refusal and "kernel_options" in refusal

@@ -1,7 +1,8 @@
 """Options of the kernels that a user may pin, as one table: name, type, and what it does.
 
 The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
-kernels and never change a result; the tiled and reference backends have nothing to tune and accept them without effect.
+kernels and never change a result beyond rounding; the tiled and reference backends have nothing to tune and accept them
+without effect.
 """
 
 from __future__ import annotations
@@ -15,32 +16,35 @@ from typing import Any, NamedTuple
 class Option(NamedTuple):
     """What a value of the option must be, and its meaning."""
 
-    kind: str  # "power of two", "positive integer", "bool" or "backend"
+    kind: str  # power of two, positive integer, bool or backend, as `_fits` reads it
     meaning: str
 
 
-_TILE = "power of two"
+_TILE, _COUNT = "power of two, at least 16", "positive integer"
+_IGNORED = "accepted without effect: "
 
 OPTIONS: dict[str, Option] = {
-    "BLOCK_M": Option(_TILE, "query rows of a forward tile"),
+    "BLOCK_M": Option(_TILE, "query rows of a forward tile; no tile is larger than a block of the mask"),
     "BLOCK_N": Option(_TILE, "keys of a forward tile"),
     "BLOCK_M1": Option(_TILE, "query rows of a tile in the dK/dV pass"),
     "BLOCK_N1": Option(_TILE, "keys of a tile in the dK/dV pass"),
     "BLOCK_M2": Option(_TILE, "query rows of a tile in the dQ pass"),
     "BLOCK_N2": Option(_TILE, "keys of a tile in the dQ pass"),
-    "num_warps": Option(_TILE, "warps of a program"),
-    "num_stages": Option("positive integer", "depth of the software pipeline"),
-    "SPLIT_KV": Option("positive integer", "parts the keys are split into for decoding"),
-    "PRESCALE_QK": Option("bool", "scale the query before the product; the score a mod sees is the same"),
-    "ROWS_GUARANTEED_SAFE": Option("bool", "every row attends to some key"),
-    "BLOCKS_ARE_CONTIGUOUS": Option("bool", "the listed key blocks of a row are adjacent"),
-    "WRITE_DQ": Option("bool", "which backward pass writes the gradients of captured tensors"),
-    "FORCE_USE_FLEX_ATTENTION": Option("bool", "never use a decoding kernel"),
-    "USE_TMA": Option("bool", "load tiles through tensor descriptors"),
+    "num_warps": Option("power of two, at most 32", "warps of a program"),
+    "num_stages": Option(_COUNT, "depth of the software pipeline"),
+    "BLOCKS_ARE_CONTIGUOUS": Option(
+        "bool", "the blocks of every list are adjacent: checked once for each mask, and then not read one by one"
+    ),
+    "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
+    "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
+    "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),
     "BACKEND": Option("backend", 'PyTorch\'s choice of kernel; "AUTO" and "TRITON" are accepted'),
-    "kpack": Option("positive integer", "AMD: packing of the matrix operands"),
-    "matrix_instr_nonkdim": Option("positive integer", "AMD: shape of the matrix instruction"),
-    "waves_per_eu": Option("positive integer", "AMD: occupancy target"),
+    "SPLIT_KV": Option(_COUNT, _IGNORED + "there is no decoding kernel that splits the keys"),
+    "FORCE_USE_FLEX_ATTENTION": Option("bool", _IGNORED + "there is no decoding kernel to avoid"),
+    "PRESCALE_QK": Option("bool", _IGNORED + "the scale is part of the exponent wherever no mod needs it earlier"),
+    "ROWS_GUARANTEED_SAFE": Option("bool", _IGNORED + "rows that attend to nothing are always handled"),
+    "WRITE_DQ": Option("bool", _IGNORED + "the dQ pass writes dQ and the gradients of captured tensors"),
+    "USE_TMA": Option("bool", _IGNORED + "tiles are loaded through pointers"),
 }
 PREFIXES = ("fwd_", "bwd_")
 
@@ -87,4 +91,6 @@ def _fits(kind: str, value: Any) -> bool:
         return value in ("AUTO", "TRITON")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         return False
-    return kind != "power of two" or value & (value - 1) == 0
+    if not kind.startswith("power of two"):
+        return True
+    return value & (value - 1) == 0 and (value >= 16 if kind == _TILE else value <= 32)

@@ -122,9 +122,7 @@ SPELLING: dict[Op, Speller] = {
     Op.SUB: _infix("-"),
     Op.MUL: _infix("*"),
     Op.DIV: _infix("/"),
-    Op.FLOORDIV: _by_type(
-        _integer_division("//", "floor_divide"), _device("float_floor_divide")
-    ),
+    Op.FLOORDIV: _by_type(_integer_division("//", "floor_divide"), _device("float_floor_divide")),
     Op.TRUNCDIV: _by_type(_infix("//"), lambda node, args, tl: f"device.truncate({args[0]} / {args[1]})"),
     Op.MOD: _by_type(_integer_division("%", "remainder"), _device("float_remainder")),
     Op.FMOD: _by_type(_infix("%"), _device("fmod")),

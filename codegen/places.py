@@ -17,7 +17,7 @@ from .recorder import Placeholder, Recorder, Value
 
 
 class Place(NamedTuple):
-    """"model.py:41" and the line of code there."""
+    """ "model.py:41" and the line of code there."""
 
     where: str
     source: str

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Pass = Literal["forward", "dq", "dkdv"]
+Product = Literal["half", "tf32", "ieee"]  # 16-bit operands; float32 on the matrix units; float32 without them
 
 
 class KernelConfig(NamedTuple):
@@ -37,26 +38,30 @@ class Pinned(NamedTuple):
     num_stages: int | None = None
 
 
+FREE = Pinned()
 _C = KernelConfig
 
-# By (pass, family, bytes of an element), then by the padded head dimension up to which a row serves.
+# By (pass, family, kind of product), then by the padded head dimension up to which a row serves.
 # Starting points: the heuristics of PyTorch's flex_attention for the same GPUs, corrected by what compiles without spills.
-RECOMMENDED: dict[tuple[Pass, str, int], dict[int, KernelConfig]] = {
-    ("forward", "hopper", 2): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 64, 8, 2)},
-    ("forward", "datacenter", 2): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(64, 64, 4, 2)},
-    ("forward", "consumer", 2): {64: _C(128, 64, 4, 3), 128: _C(128, 32, 4, 3), 256: _C(64, 32, 4, 2)},
-    ("forward", "amd", 2): {64: _C(128, 64, 4, 1), 128: _C(128, 64, 4, 1), 256: _C(64, 32, 4, 1)},
-    ("dq", "hopper", 2): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 2), 256: _C(64, 64, 8, 2)},
-    ("dq", "datacenter", 2): {64: _C(128, 64, 8, 3), 128: _C(64, 64, 4, 2), 256: _C(64, 32, 4, 1)},
-    ("dq", "consumer", 2): {64: _C(64, 64, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 1)},
-    ("dq", "amd", 2): {64: _C(64, 64, 4, 1), 128: _C(64, 32, 4, 1), 256: _C(32, 32, 4, 1)},
-    ("dkdv", "hopper", 2): {64: _C(32, 128, 8, 2), 128: _C(32, 128, 8, 2), 256: _C(32, 64, 8, 2)},
-    ("dkdv", "datacenter", 2): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
-    ("dkdv", "consumer", 2): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
-    ("dkdv", "amd", 2): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},
-    ("forward", "any", 4): {64: _C(128, 32, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 2)},
-    ("dq", "any", 4): {64: _C(64, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 32, 4, 1)},
-    ("dkdv", "any", 4): {64: _C(32, 64, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 16, 4, 1)},
+RECOMMENDED: dict[tuple[Pass, str, Product], dict[int, KernelConfig]] = {
+    ("forward", "hopper", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 64, 8, 2)},
+    ("forward", "datacenter", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(64, 64, 4, 2)},
+    ("forward", "consumer", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 32, 4, 3), 256: _C(64, 32, 4, 2)},
+    ("forward", "amd", "half"): {64: _C(128, 64, 4, 1), 128: _C(128, 64, 4, 1), 256: _C(64, 32, 4, 1)},
+    ("dq", "hopper", "half"): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 2), 256: _C(64, 64, 8, 2)},
+    ("dq", "datacenter", "half"): {64: _C(128, 64, 8, 3), 128: _C(64, 64, 4, 2), 256: _C(64, 32, 4, 1)},
+    ("dq", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 1)},
+    ("dq", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(64, 32, 4, 1), 256: _C(32, 32, 4, 1)},
+    ("dkdv", "hopper", "half"): {64: _C(32, 128, 8, 2), 128: _C(32, 128, 8, 2), 256: _C(32, 64, 8, 2)},
+    ("dkdv", "datacenter", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
+    ("dkdv", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
+    ("dkdv", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},
+    ("forward", "any", "tf32"): {64: _C(64, 64, 8, 2), 128: _C(32, 64, 4, 2), 256: _C(32, 32, 4, 2)},
+    ("dq", "any", "tf32"): {64: _C(64, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 32, 4, 1)},
+    ("dkdv", "any", "tf32"): {64: _C(32, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 16, 4, 1)},
+    ("forward", "any", "ieee"): {64: _C(64, 32, 8, 2), 128: _C(32, 32, 8, 1), 256: _C(32, 32, 8, 2)},
+    ("dq", "any", "ieee"): {64: _C(64, 32, 8, 2), 128: _C(32, 32, 8, 1), 256: _C(16, 32, 8, 1)},
+    ("dkdv", "any", "ieee"): {64: _C(32, 64, 8, 2), 128: _C(32, 32, 8, 2), 256: _C(16, 32, 8, 1)},
 }
 
 # What is tried after the recommendation, largest first.
@@ -84,13 +89,13 @@ def family(backend: str, arch: int | str) -> str:
 
 
 def chain(
-    which: Pass, backend: str, arch: int | str, itemsize: int, head_dim: int, pinned: Pinned = Pinned()
+    which: Pass, backend: str, arch: int | str, product: Product, head_dim: int, pinned: Pinned = FREE
 ) -> tuple[KernelConfig, ...]:
     """Configurations to try, in order. `head_dim` is the larger of the two padded head dimensions.
 
     What is pinned is the same in all of them.
     """
-    rows = RECOMMENDED[(which, "any", 4) if itemsize == 4 else (which, family(backend, arch), 2)]
+    rows = RECOMMENDED[which, family(backend, arch) if product == "half" else "any", product]
     first = rows[min((d for d in rows if d >= head_dim), default=max(rows))]
     stages = 1 if backend == "hip" else 2
     smaller = [c for c in LADDER if c.BLOCK_M * c.BLOCK_N <= first.BLOCK_M * first.BLOCK_N]
@@ -99,6 +104,15 @@ def chain(
         candidates[2:] = [c._replace(BLOCK_M=c.BLOCK_N, BLOCK_N=c.BLOCK_M) for c in smaller]
     fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
     return tuple(dict.fromkeys(c._replace(**fixed) for c in candidates))
+
+
+def least_shared_memory(which: Pass, config: KernelConfig, row_bytes: int) -> int:
+    """Bytes of shared memory that a kernel needs at least: all stages but one of the pipeline hold a tile of both operands.
+
+    `row_bytes` is the size of a row of both. Saves compiling what cannot fit.
+    """
+    rows = config.BLOCK_M if which == "dkdv" else config.BLOCK_N
+    return (config.num_stages - 1) * rows * row_bytes
 
 
 def pinned(which: Pass, options: Mapping[str, Any]) -> Pinned:

@@ -136,10 +136,17 @@ def _functions(parsed: Variant, captured: Sequence[Tensor]) -> str:
 
 
 def _kernels(
-    parsed: Variant, captured: Sequence[Tensor], ints: Sequence[Any], dtype: torch.dtype, head_dim: int, target: str | None
+    parsed: Variant,
+    captured: Sequence[Tensor],
+    ints: Sequence[Any],
+    dtype: torch.dtype,
+    head_dim: int,
+    target: str | None,
 ) -> str:
     if target is None and not torch.cuda.is_available():
-        return "attention_forward, attention_backward_dq, attention_backward_dkdv: no GPU here; name one, target='sm_90'"
+        return (
+            "attention_forward, attention_backward_dq, attention_backward_dkdv: no GPU here; name one, target='sm_90'"
+        )
     if dtype is torch.float64:
         return "none: float64 is computed by torch operators"
     from .backends.survey import survey

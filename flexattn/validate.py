@@ -129,7 +129,9 @@ def triton_refusal(query: Tensor, value: Tensor) -> str:
         return f"needs Triton, which does not exist for {sys.platform}"
     if query.device.type == "cpu":
         if not _interpreted():
-            return "runs on GPUs; on a CPU it needs the environment variable TRITON_INTERPRET=1 before Triton is imported"
+            return (
+                "runs on GPUs; on a CPU it needs the environment variable TRITON_INTERPRET=1 before Triton is imported"
+            )
     elif query.device.type != "cuda":
         return f"does not know the device {query.device.type}"
     if query.dtype is torch.float64:

@@ -1,6 +1,6 @@
 """Compile the default kernels of three variants for GPUs that need not be there, and print what they use.
 
-    python scripts/compile_table.py [--json] [target ...]        default: sm_80 sm_90 sm_100 gfx942
+python scripts/compile_table.py [--json] [target ...]        default: sm_80 sm_90 sm_100 gfx942
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def rows(target: str) -> list[dict]:
 def table(records: list[dict]) -> str:
     """The records as text."""
     head = ["target", "D", "variant", "kernel", "config", "registers", "spilled", "shared", "matrix", "seconds"]
-    lines = [head] + [[str(r[h]).replace("attention_", "").replace("BLOCK_", "").replace("num_", "") for h in head] for r in records]
+    lines = [head] + [
+        [str(r[h]).replace("attention_", "").replace("BLOCK_", "").replace("num_", "") for h in head] for r in records
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

@@ -27,7 +27,7 @@ def _add_keys(dq, q, do, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is
     qk = product_transposed(q, k_tile, PRECISION)  # [BLOCK_M, BLOCK_N]
     dp = product_transposed(do, v_tile, PRECISION)
     q_idx, kv_idx = offs_m[:, None], offs_n[None, :]
-    p, dmodified, ds, raw, keep = score_gradients(
+    _, dmodified, ds, raw, keep = score_gradients(
         qk, dp, lse_i[:, None], delta_i[:, None], is_full, kv_idx, stop_n, b, h, q_idx, kv_idx, scale, factor, captured,
         score_mod, mask_mod, score_mod_grad, MASKED, SCALE_IN_FACTOR,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from .scores import LN2
 def softmax_step(qk, factor, m_i, l_i):
     """One tile of scores [M, N]: weights p, the factor alpha of earlier sums, and the new maximum and sum of each row.
 
-        m = max(m_i, factor * max(qk)),  p = 2^(factor * qk - m),  alpha = 2^(m_i - m),  l = alpha * l_i + sum(p)
+    m = max(m_i, factor * max(qk)),  p = 2^(factor * qk - m),  alpha = 2^(m_i - m),  l = alpha * l_i + sum(p)
     """
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * factor)
     # A row that is masked so far: -inf - 0, where -inf - -inf would be nan.

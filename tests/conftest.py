@@ -91,7 +91,9 @@ def _fast_interpreter() -> Iterator[None]:
     call = interpreter.InterpretedFunction.__call__
 
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn in self.rewritten_fn:  # its globals have been patched by the first call, and are until the kernel ends
+        if (
+            self.fn in self.rewritten_fn
+        ):  # its globals have been patched by the first call, and are until the kernel ends
             return self.rewritten_fn[self.fn](*args, **kwargs)
         return call(self, *args, **kwargs)
 

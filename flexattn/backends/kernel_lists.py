@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..block_lists import dense
 from ..templates.arguments import Lists
+
+Made = TypeVar("Made")
 
 
 class _Entry(NamedTuple):
@@ -41,7 +43,9 @@ def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> 
     """Whether every list names adjacent blocks in ascending order. Reads the lists: the device is waited for, once."""
     if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return _kept("contiguous", block_mask, (columns, transposed), lambda: _all_adjacent(block_mask, columns, transposed))
+    return _kept(
+        "contiguous", block_mask, (columns, transposed), lambda: _all_adjacent(block_mask, columns, transposed)
+    )
 
 
 def _all_adjacent(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
@@ -53,17 +57,19 @@ def _all_adjacent(block_mask: Sequence[Tensor], columns: int, transposed: bool) 
     return True
 
 
-def _kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: Callable[[], object]) -> object:
+def _kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: Callable[[], Made]) -> Made:
     """The result of `make`, remembered for these very tensors in their present state."""
     if (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()) or any(t.is_inference() for t in tensors):
         return make()  # a graph must contain the work; an inference tensor does not tell when it is written to
     key = (what, *map(id, tensors), *rest)
     versions = tuple(t._version for t in tensors)
     entry = _CACHE.get(key)
-    if entry is not None and entry.versions == versions and all(
-        r() is t for r, t in zip(entry.tensors, tensors, strict=True)
+    if (
+        entry is not None
+        and entry.versions == versions
+        and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True))
     ):
-        return entry.made
+        return cast(Made, entry.made)
     made = make()
     references = tuple(weakref.ref(t, lambda _: _CACHE.pop(key, None)) for t in tensors)
     _CACHE[key] = _Entry(references, versions, made)
@@ -90,6 +96,14 @@ def _transposed(block_mask: Sequence[Tensor], columns: int) -> tuple[Tensor, ...
 def _lists(tensors: Sequence[Tensor]) -> Lists:
     held = [t.to(torch.int32).contiguous() for t in tensors]
     shape = held[0].shape
-    full = (held[2], held[3], held[3].shape[-1]) if len(held) > 2 else (None, None, 0)
-    strides = (shape[1] * shape[2] if shape[0] > 1 else 0, shape[2] if shape[1] > 1 else 0)
-    return Lists(held[0], held[1], held[1].shape[-1], *full, *strides)
+    full_count, full_index = (held[2], held[3]) if len(held) > 2 else (None, None)
+    return Lists(
+        partial_count=held[0],
+        partial_index=held[1],
+        partial_columns=held[1].shape[-1],
+        full_count=full_count,
+        full_index=full_index,
+        full_columns=0 if full_index is None else full_index.shape[-1],
+        stride_b=shape[1] * shape[2] if shape[0] > 1 else 0,
+        stride_h=shape[2] if shape[1] > 1 else 0,
+    )

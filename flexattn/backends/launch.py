@@ -15,7 +15,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
 from ..codegen.jit import function_of_file, function_of_source
-from ..config import KernelConfig, Pass, Pinned, chain
+from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_memory
 from ..errors import KernelError
 from .resources import Resources, resources
 from .target import Target, current, interpreted
@@ -28,7 +28,8 @@ class Call(NamedTuple):
         kernel: the Triton function.
         which: the pass whose configurations are tried.
         key: all that the choice depends on besides the target.
-        itemsize, head_dim: bytes of an element, and the larger padded head dimension: rows of the table.
+        product, head_dim: how products are computed, and the larger padded head dimension: rows of the table.
+        row_bytes: size of a row of both operands that a loop streams.
         pinned: what the caller insists on.
         arguments: name to value, those that a configuration does not change.
         shaped: the rest, given a configuration: tiles and what follows from them. `grid` is the number of programs.
@@ -39,8 +40,9 @@ class Call(NamedTuple):
     kernel: Any
     which: Pass
     key: tuple[Any, ...]
-    itemsize: int
+    product: Product
     head_dim: int
+    row_bytes: int
     pinned: Pinned
     arguments: dict[str, Any]
     shaped: Callable[[KernelConfig], dict[str, Any]]
@@ -108,7 +110,11 @@ def choose(call: Call, target: Target | None) -> Chosen:
 def _search(call: Call, target: Target, loads: bool) -> Chosen:
     best: Chosen | None = None
     needed: list[int] = []
-    for config in chain(call.which, target.backend, target.arch, call.itemsize, call.head_dim, call.pinned):
+    for config in chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned):
+        least = least_shared_memory(call.which, config, call.row_bytes)
+        if least > target.shared_memory:
+            needed.append(least)
+            continue
         try:
             kernel = compiled(call, config)
             if kernel.metadata.shared > target.shared_memory:
@@ -127,9 +133,9 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
     if best is None:
         pinned = ", ".join(f"{name}={value}" for name, value in call.pinned._asdict().items() if value is not None)
         raise ValueError(
-            f"no configuration of the {call.which} kernel with {pinned or 'any tile'} fits: the smallest needs "
-            f"{min(needed, default=0)} bytes of shared memory, {target.backend} {target.arch} has {target.shared_memory}. "
-            "Leave out or lower BLOCK_M, BLOCK_N and num_stages in kernel_options"
+            f"no configuration of the {call.which} kernel with {pinned or 'any tile'} fits: the smallest needs at least "
+            f"{min(needed, default=0)} bytes of shared memory, {target.backend} {target.arch} has "
+            f"{target.shared_memory}. Leave out or lower BLOCK_M, BLOCK_N and num_stages in kernel_options"
         )
     return best
 
@@ -139,9 +145,7 @@ def compiled(call: Call, config: KernelConfig) -> Any:
     shaped = call.shaped(config)
     shaped.pop("grid")
     try:
-        return call.kernel.run(
-            grid=(1,), warmup=True, **call.arguments, **shaped, **_options(call, config)
-        )
+        return call.kernel.run(grid=(1,), warmup=True, **call.arguments, **shaped, **_options(call, config))
     except CompilationError as error:
         raise explained(error) from error
 

@@ -46,7 +46,7 @@ def named(name: str) -> Target:
     match = re.fullmatch(r"sm_(\d+)a?", name)
     arch: int | str = int(match[1]) if match else name
     if arch not in SHARED_MEMORY:
-        known = ", ".join(f"sm_{a}" if isinstance(a, int) else a for a in SHARED_MEMORY)
+        known = ", ".join(f"sm_{a}" if isinstance(a, int) else str(a) for a in SHARED_MEMORY)
         raise ValueError(f"unknown target {name!r}; known are {known}")
     return Target("cuda" if match else "hip", arch, SHARED_MEMORY[arch])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
-from ..config import KernelConfig, Pass, Pinned, fitted, pinned
+from ..config import KernelConfig, Pass, Pinned, Product, fitted, pinned
 from ..layout import empty_like_strides
 from ..problem import Problem
 from ..templates.arguments import Lists, Matrix
@@ -114,9 +114,7 @@ def delta_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None,
         "DV": DV, "BLOCK_DV": width, "BLOCK_M": rows, "OFFSET": _offset_type(out, dout),
     }  # fmt: skip
     grid = {"grid": tiles * B * H}
-    return Call(
-        attention_delta, "dq", (), out.element_size(), width, Pinned(), arguments, lambda _: dict(grid), out.device
-    )
+    return Call(attention_delta, "dq", (), "half", width, 0, Pinned(), arguments, lambda _: dict(grid), out.device)
 
 
 def dq_call(
@@ -189,10 +187,20 @@ def _call(
 
     # `made` stands for the variant: equal generated functions are the same objects.
     key_of_choice = (which, made, query.dtype, D, DV, problem.block_size if listed else None, precision)
+    widths = (_padded(D), _padded(DV))
     return Call(
-        kernel, which, key_of_choice, query.element_size(), max(_padded(D), _padded(DV)), pinned(which, options),
-        arguments, shaped, query.device, _amd_options(options) if torch.version.hip else {},
-    )  # fmt: skip
+        kernel=kernel,
+        which=which,
+        key=key_of_choice,
+        product=_product(query, precision),
+        head_dim=max(widths),
+        row_bytes=sum(widths) * query.element_size(),
+        pinned=pinned(which, options),
+        arguments=arguments,
+        shaped=shaped,
+        device=query.device,
+        compiler_options=_amd_options(options) if torch.version.hip else {},
+    )
 
 
 def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
@@ -267,6 +275,13 @@ def _precision(query: Tensor) -> str:
     if query.dtype is not torch.float32 or query.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _product(query: Tensor, precision: str) -> Product:
+    """The row of the table of configurations."""
+    if query.dtype is not torch.float32:
+        return "half"
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def _amd_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,5 +81,7 @@ with compiling_for(target):
 def test_a_configuration_that_does_not_fit_or_spills_gives_way_to_the_next(tmp_path: Path) -> None:
     chosen, refusal = run("-c", CHAIN, cache=tmp_path).splitlines()
     assert chosen == "64 4 0"
-    assert refusal.startswith("no configuration of the forward kernel with BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=9 fits")
+    assert refusal.startswith(
+        "no configuration of the forward kernel with BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=9 fits"
+    )
     assert "bytes of shared memory, cuda 90 has 232448" in refusal and "kernel_options" in refusal

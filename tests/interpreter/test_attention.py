@@ -78,7 +78,9 @@ def test_blocks_of_any_size(size: tuple[int, int]) -> None:
     L, S = (45, 61) if max(size) > 1 else (9, 11)
     shape = Shape(1, 2, 1, L, S, 8, 8, size, False)
     window = Mod("b, h, q_idx, kv_idx", "((q_idx - kv_idx < 20) & (kv_idx - q_idx < 9))")
-    assert_backend_equals_reference("triton", Mod("score, b, h, q_idx, kv_idx", SLOPES), window, shape, torch.float32, 1)
+    assert_backend_equals_reference(
+        "triton", Mod("score, b, h, q_idx, kv_idx", SLOPES), window, shape, torch.float32, 1
+    )
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-3, 7.0])
@@ -94,7 +96,9 @@ def test_inputs_of_any_strides() -> None:
     base = torch.randn(2, 50, 3, 4, 24, generator=g)  # [B, L, 3, H, D], as a fused projection gives it
     q = base[:, :, 0].transpose(1, 2).requires_grad_()
     k = base[:, :, 1].transpose(1, 2)[:, ::2]
-    v = torch.randn(24, 2, 50, generator=g).permute(1, 2, 0)[:, None].expand(2, 2, 50, 24)  # columns far apart, heads shared
+    v = (
+        torch.randn(24, 2, 50, generator=g).permute(1, 2, 0)[:, None].expand(2, 2, 50, 24)
+    )  # columns far apart, heads shared
     weight = torch.randn(2, 1, 1, 24, generator=g).expand(2, 4, 50, 24)
     results = []
     for backend in ("triton", "reference"):

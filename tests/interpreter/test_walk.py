@@ -48,7 +48,9 @@ def block_mask_of(classes: Tensor, ragged_entry: int) -> list[Tensor]:
     which=st.sampled_from(["forward", "dq", "dkdv"]),
     L=st.integers(1, 100),
     S=st.integers(1, 100),
-    block=st.tuples(*[st.sampled_from([16, 32, 48, 64])] * 2),  # sizes that a tile divides: no element is asked for in vain
+    block=st.tuples(
+        *[st.sampled_from([16, 32, 48, 64])] * 2
+    ),  # sizes that a tile divides: no element is asked for in vain
     sizes=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32])),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]),
     per_head=st.booleans(),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
 
 
 class Matrix(NamedTuple):
@@ -30,3 +34,35 @@ class Lists(NamedTuple):
     full_columns: Any
     stride_b: Any
     stride_h: Any
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for; every member is a `tl.constexpr`.
+
+    D, DV: columns of query and key, and of value. BLOCK_D, BLOCK_DV: their widths in a tile, powers of two.
+    BLOCK_M, BLOCK_N: queries and keys of a tile. SPARSE_Q, SPARSE_KV: those of a block of the mask.
+    LISTED: whether there are block lists. CONTIGUOUS: whether each names adjacent blocks, in order.
+    SCALE_IN_FACTOR: whether the scale is part of the exponent, see `scores`. PRECISION: see `product`.
+    OFFSET: the type of offsets inside a tile.
+    """
+
+    D: Any
+    DV: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    SPARSE_Q: Any
+    SPARSE_KV: Any
+    LISTED: Any
+    CONTIGUOUS: Any
+    SCALE_IN_FACTOR: Any
+    PRECISION: Any
+    OFFSET: Any
+
+    @classmethod
+    def of(cls, **values: Any) -> Any:
+        """The shape with these values."""
+        if triton.knobs.runtime.interpret:  # Triton's interpreter takes the members of a tuple for run-time values
+            return SimpleNamespace(**values)
+        return cls(**{name: tl.constexpr(value) for name, value in values.items()})

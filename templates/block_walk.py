@@ -15,16 +15,19 @@ import triton.language as tl
 
 
 @triton.jit
-def find_row(lists, b, h, row):
+def find_row(lists, b, h, row, LISTED: tl.constexpr):
     """Where one row's lists begin, and how many blocks they have: partial, its count, full, its count."""
-    at = b.to(tl.int64) * lists.stride_b + h * lists.stride_h + row
-    partial = lists.partial_index + at * lists.partial_columns
-    n_partial = tl.load(lists.partial_count + at)
-    if lists.full_count is None:
-        return partial, n_partial, partial, n_partial * 0
+    if LISTED:
+        at = b.to(tl.int64) * lists.stride_b + h * lists.stride_h + row
+        partial = lists.partial_index + at * lists.partial_columns
+        n_partial = tl.load(lists.partial_count + at)
+        if lists.full_count is None:
+            return partial, n_partial, partial, n_partial * 0
+        else:
+            full = lists.full_index + at * lists.full_columns
+            return partial, n_partial, full, tl.load(lists.full_count + at)
     else:
-        full = lists.full_index + at * lists.full_columns
-        return partial, n_partial, full, tl.load(lists.full_count + at)
+        return None, 0, None, 0
 
 
 @triton.jit

@@ -24,13 +24,13 @@ def load_row_statistics(lse, delta, at, rows, stop):
 
 @triton.jit
 def score_gradients(qk, dp, lse_i, delta_i, is_full, index, stop, b, h, q_idx, kv_idx, scale, factor, captured,
-                    score_mod: tl.constexpr, mask_mod: tl.constexpr, score_mod_grad: tl.constexpr,
-                    MASKED: tl.constexpr, SCALE_IN_FACTOR: tl.constexpr):  # fmt: skip
+                    shape, score_mod: tl.constexpr, mask_mod: tl.constexpr, score_mod_grad: tl.constexpr,
+                    MASKED: tl.constexpr):  # fmt: skip
     """Weights P, dS', dS, the scaled raw scores, and which elements are attended.
 
     `lse_i` and `delta_i` broadcast against the tile. The last two results mean nothing unless a mod (a mask) needs them.
     """
-    if SCALE_IN_FACTOR:
+    if shape.SCALE_IN_FACTOR:
         raw = qk
     else:
         raw = qk * scale

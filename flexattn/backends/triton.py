@@ -19,7 +19,7 @@ from ..codegen.pipeline import Variant
 from ..config import KernelConfig, Pass, Pinned, Product, fitted, pinned
 from ..layout import empty_like_strides
 from ..problem import Problem
-from ..templates.arguments import Lists, Matrix
+from ..templates.arguments import Lists, Matrix, Shape
 from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
@@ -154,16 +154,22 @@ def _call(
     by_key = which == "dkdv"
     listed = bool(problem.block_mask)
     precision = _precision(query)
-    arguments = arguments | {name: _matrix(t) for name, t in matrices.items()} | {
-        "captured": captured_arguments(problem.tensors, problem.floats, problem.ints, query.device),
-         "L": L, "S": S, "heads": H, "group_size": H // key.shape[1],
-        "scale": problem.scale, "D": D, "DV": DV, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV), "LISTED": listed,
-        "CONTIGUOUS": _is_contiguous(problem, by_key, options), "PRECISION": precision,
-        "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0, "OFFSET": _offset_type(*matrices.values()),
-    }  # fmt: skip
+    arguments = arguments | {name: _matrix(t) for name, t in matrices.items()}
     if not by_key and key.shape[0] == 1:  # keys that all batch entries share
-        for name in ("k", "v"):
-            arguments[name] = arguments[name]._replace(stride_b=0)
+        arguments |= {name: arguments[name]._replace(stride_b=0) for name in ("k", "v")}
+    arguments["captured"] = captured_arguments(problem.tensors, problem.floats, problem.ints, query.device)
+    arguments |= {"L": L, "S": S, "heads": H, "group_size": H // key.shape[1], "scale": problem.scale}
+    constants: dict[str, Any] = {
+        "D": D,
+        "DV": DV,
+        "BLOCK_D": _padded(D),
+        "BLOCK_DV": _padded(DV),
+        "LISTED": listed,
+        "CONTIGUOUS": _is_contiguous(problem, by_key, options),
+        "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0,
+        "PRECISION": precision,
+        "OFFSET": _offset_type(*matrices.values()),
+    }
 
     def shaped(config: KernelConfig) -> dict[str, Any]:
         if listed:
@@ -180,10 +186,8 @@ def _call(
             lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
         elif listed:
             lists = kernel_lists.by_query(problem.block_mask, BLOCK_N, S)
-        return {
-            "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV, "lists": lists,
-            "tiles": tiles, "grid": tiles * outer,
-        }  # fmt: skip
+        sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
+        return {"shape": Shape.of(**constants, **sizes), "lists": lists, "tiles": tiles, "grid": tiles * outer}
 
     # `made` stands for the variant: equal generated functions are the same objects.
     key_of_choice = (which, made, query.dtype, D, DV, problem.block_size if listed else None, precision)

@@ -108,7 +108,7 @@ def visits(
         "dkdv": lambda: dkdv_call(problem, q, row, row, gradients, options),
     }[which]()
     counts = torch.zeros(B, H, L, S, dtype=torch.int32)
-    counting = {"score_mod": count_visits, "captured": (counts, L, S, H), "SCALE_IN_FACTOR": False}
+    counting = {"score_mod": count_visits, "captured": (counts, L, S, H)}
     launch(call._replace(arguments=call.arguments | counting))
     return counts
 

@@ -99,7 +99,7 @@ def chain(
     first = rows[min((d for d in rows if d >= head_dim), default=max(rows))]
     stages = 1 if backend == "hip" else 2
     smaller = [c for c in LADDER if c.BLOCK_M * c.BLOCK_N <= first.BLOCK_M * first.BLOCK_N]
-    candidates = [first, first._replace(num_stages=stages), *smaller]
+    candidates = [first, first._replace(num_stages=min(first.num_stages, stages)), *smaller]
     if which == "dkdv":  # the program's own side is the keys'
         candidates[2:] = [c._replace(BLOCK_M=c.BLOCK_N, BLOCK_N=c.BLOCK_M) for c in smaller]
     fixed = {name: value for name, value in pinned._asdict().items() if value is not None}

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from flexattn.codegen.ir import DType
+
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
@@ -21,7 +23,7 @@ MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma
 def run(*command: str, cache: Path) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -34,6 +36,13 @@ def test_default_kernels_compile(target: str, tmp_path: Path, record_property: A
         assert record["shared"] <= record["limit"], record
         assert record["spilled"] == 0, record
         assert record["matrix"] == MATRIX[target], record
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_operation_compiles_on_every_dtype(target: str, tmp_path: Path) -> None:
+    lines = run("tests/compile_only/every_operation.py", target, cache=tmp_path).splitlines()
+    assert len(lines) == len(DType)
+    assert all(line.endswith("operations compile") for line in lines), lines
 
 
 REPORT = """

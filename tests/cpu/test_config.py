@@ -1,0 +1,98 @@
+"""The table of kernel configurations, chains of them, and what kernel options pin."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexattn.config import (
+    LADDER,
+    RECOMMENDED,
+    KernelConfig,
+    Pinned,
+    chain,
+    family,
+    fitted,
+    least_shared_memory,
+    pinned,
+)
+from flexattn.kernel_options import check_kernel_options, options_text, parsed_options
+
+TARGETS = [("cuda", 75), ("cuda", 80), ("cuda", 89), ("cuda", 90), ("cuda", 100), ("cuda", 120), ("hip", "gfx942")]
+
+
+@pytest.mark.parametrize(("backend", "arch"), TARGETS)
+@pytest.mark.parametrize("product", ["half", "tf32", "ieee"])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_every_target_has_a_chain_that_ends_with_what_fits_anywhere(
+    backend: str, arch: int | str, product: str, head_dim: int
+) -> None:
+    for which in ("forward", "dq", "dkdv"):
+        configs = chain(which, backend, arch, product, head_dim)  # type: ignore[arg-type]
+        assert len(set(configs)) == len(configs)
+        assert LADDER[-1] in configs and LADDER[-1].num_stages == 1
+        for config in configs:
+            for size in (config.BLOCK_M, config.BLOCK_N):
+                assert size >= 16 and size & (size - 1) == 0
+            # Tiles divide the blocks of 128 that masks have by default.
+            assert config.BLOCK_M <= 128 and config.BLOCK_N <= 128
+
+
+def test_the_first_of_a_chain_is_the_recommendation_for_the_next_larger_head_dimension() -> None:
+    rows = RECOMMENDED["forward", "hopper", "half"]
+    assert chain("forward", "cuda", 90, "half", 16)[0] == rows[64]
+    assert chain("forward", "cuda", 90, "half", 128)[0] == rows[128]
+    assert chain("forward", "cuda", 90, "half", 256)[0] == rows[256]
+
+
+def test_what_is_pinned_is_the_same_in_the_whole_chain() -> None:
+    configs = chain("dq", "cuda", 90, "half", 64, Pinned(BLOCK_N=16, num_warps=2))
+    assert {(c.BLOCK_N, c.num_warps) for c in configs} == {(16, 2)}
+    assert len({c.BLOCK_M for c in configs}) > 1
+
+
+def test_options_belong_to_a_pass_and_a_prefixed_one_goes_first() -> None:
+    options = {"BLOCK_M": 64, "BLOCK_M1": 32, "BLOCK_N2": 16, "num_warps": 4, "bwd_num_warps": 8, "fwd_num_stages": 3}
+    assert pinned("forward", options) == Pinned(64, None, 4, 3)
+    assert pinned("dkdv", options) == Pinned(32, None, 8, None)
+    assert pinned("dq", options) == Pinned(None, 16, 8, None)
+
+
+def test_families() -> None:
+    assert [family(*target) for target in TARGETS] == [
+        "consumer", "datacenter", "consumer", "hopper", "hopper", "consumer", "amd",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tile", "block", "expected"),
+    [(128, 128, 128), (128, 64, 64), (64, 192, 64), (128, 192, 64), (128, 100, 64), (16, 100, 16), (128, 6, 16), (64, 24, 32)],
+)  # fmt: skip
+def test_a_tile_divides_its_block_or_covers_it(tile: int, block: int, expected: int) -> None:
+    assert fitted(tile, block) == expected
+
+
+def test_the_least_shared_memory_is_that_of_the_stages_in_flight() -> None:
+    assert least_shared_memory("forward", KernelConfig(128, 64, 8, 3), 512) == 2 * 64 * 512
+    assert least_shared_memory("dkdv", KernelConfig(32, 128, 8, 2), 512) == 32 * 512
+
+
+def test_options_survive_the_text_that_operators_take() -> None:
+    options = {"num_warps": 8, "BLOCK_M": 64, "USE_TMA": False, "BACKEND": "TRITON"}
+    assert options_text(options) == "BACKEND=TRITON,BLOCK_M=64,USE_TMA=False,num_warps=8"
+    assert parsed_options(options_text(options)) == options
+    assert parsed_options("") == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"BLOCK_M": 48}, "'BLOCK_M' is 48; it must be a power of two, at least 16"),
+        ({"BLOCK_N": 8}, "'BLOCK_N' is 8; it must be a power of two, at least 16"),
+        ({"fwd_num_warps": 64}, "'fwd_num_warps' is 64; it must be a power of two, at most 32"),
+        ({"num_stages": True}, "'num_stages' is True; it must be a positive integer"),
+        ({"BACKEND": "FLASH"}, "'BACKEND' is 'FLASH'; it must be \"AUTO\" or \"TRITON\""),
+    ],
+)
+def test_a_value_that_an_option_cannot_take_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_kernel_options(options)

@@ -1,4 +1,4 @@
-"""Compile the default kernels of three variants for GPUs that need not be there, and print what they use.
+"""Compile the default kernels of four variants for GPUs that need not be there, and print what they use.
 
 python scripts/compile_table.py [--json] [target ...]        default: sm_80 sm_90 sm_100 gfx942
 """
@@ -30,6 +30,7 @@ def variants() -> dict[str, tuple]:
     documents = torch.arange(4096) // 512
     same = masks.document_mask(documents)
     return {
+        "noop": (None, None),
         "causal": (None, masks.causal_mask),
         "document": (None, masks.and_masks(same, masks.causal_mask)),
         "alibi": (lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx), masks.causal_mask),

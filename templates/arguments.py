@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -62,7 +63,12 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, **values: Any) -> Any:
-        """The shape with these values."""
-        if triton.knobs.runtime.interpret:  # Triton's interpreter takes the members of a tuple for run-time values
-            return SimpleNamespace(**values)
-        return cls(**{name: tl.constexpr(value) for name, value in values.items()})
+        """The shape with these values: the same object for the same values, which is how a launch finds its kernel fast."""
+        return _shape(tuple(values.items()))
+
+
+@lru_cache(maxsize=4096)
+def _shape(values: tuple[tuple[str, Any], ...]) -> Any:
+    if triton.knobs.runtime.interpret:  # Triton's interpreter takes the members of a tuple for run-time values
+        return SimpleNamespace(**dict(values))
+    return Shape(**{name: tl.constexpr(value) for name, value in values})

@@ -27,7 +27,7 @@ def find_row(lists, b, h, row, LISTED: tl.constexpr):
             full = lists.full_index + at * lists.full_columns
             return partial, n_partial, full, tl.load(lists.full_count + at)
     else:
-        return None, 0, None, 0
+        return 0, 0, 0, 0
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def run(*command: str, cache: Path) -> str:
 def test_default_kernels_compile(target: str, tmp_path: Path, record_property: Any) -> None:
     records = json.loads(run("scripts/compile_table.py", "--json", target, cache=tmp_path))
     record_property("compiled", records)
-    assert len(records) == 2 * 3 * 3  # head dimensions, variants, kernels
+    assert len(records) == 2 * 4 * 3  # head dimensions, variants, kernels
     for record in records:
         assert record["shared"] <= record["limit"], record
         assert record["spilled"] == 0, record

@@ -1,0 +1,37 @@
+"""Every argument of every kernel passes Triton's own launcher, without a GPU: nested tuples, None, empty tuples, constants."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_kernels_are_launched_with_their_operands(tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-w", "-shared", "-fPIC", "-o", library, HERE / "fake_libcuda.c"], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, HERE / "launches.py"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [part.splitlines() for part in done.stdout.split("case ")[1:]]
+    assert [lines[0].split()[0] for lines in cases] == ["plain", "float32", "listed", "learned"]
+    for head, *lines in cases:
+        name, query = head.split()
+        launches = [list(map(int, line.split()[1:])) for line in lines if line.startswith("launch")]
+        assert len(launches) == 4, (name, lines)  # forward, delta, dQ, dK/dV
+        assert all(y == z == 1 for _, y, z, _, _ in launches), "grids have one dimension"
+        # The first parameter of all but delta is the query; tiles of 128 or less, 2 batch entries and 4 heads.
+        assert [pointer == int(query) for *_, pointer in launches] == [True, False, True, True], name
+        assert launches[0][0] % 8 == 0 and launches[0][0] >= 3 * 8
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("load ")]
+    assert any("score_mod_" in line and "captured_grads_" in line for line in loaded), (
+        "variants have names of their own"
+    )

@@ -298,6 +298,14 @@ class _Printer:
         self.header.setdefault(name, f"{source}[{position}]")
         return name
 
+    def _number(self, node: Node) -> str:
+        """The name of a run-time float or int, unpacked as a tensor: Triton takes an int that is 1 for a constant."""
+        assert isinstance(node.value, int)
+        letter, first = ("f", self.first_float) if node.op is Op.FLOAT else ("i", self.first_int)
+        value = f"{self.tl}.full((), captured[{first + node.value}], {self.tl}.{TRITON_DTYPE[node.dtype]})"
+        self.header.setdefault(f"{letter}{node.value}", value)
+        return f"{letter}{node.value}"
+
     def _lines(self, roots: Sequence[Node]) -> None:
         for node in walk(*roots):
             if node in self.names:
@@ -306,6 +314,10 @@ class _Printer:
                 self.names[node] = str(node.value)
             elif node.op is Op.CONST:
                 self.names[node] = _literal(node, self.tl)
+            elif node.op in (Op.FLOAT, Op.INT):
+                self.names[node] = self._number(node)
+            elif node.op is Op.DETACH or (node.op is Op.CAST and node.lhs.dtype is node.dtype):
+                self.names[node] = self.names[node.lhs]
             elif node.op is Op.CAPTURED:
                 self.names[node] = self._unpack(f"c{_base(node)}", "captured", self.starts[_base(node)])
             else:
@@ -316,12 +328,6 @@ class _Printer:
 
     def _spell(self, node: Node) -> str:
         tl, dtype = self.tl, f"{self.tl}.{TRITON_DTYPE[node.dtype]}"
-        if node.op is Op.FLOAT:
-            assert isinstance(node.value, int)
-            return f"{tl}.full((), captured[{self.first_float + node.value}], {dtype})"
-        if node.op is Op.INT:
-            assert isinstance(node.value, int)
-            return f"{tl}.full((), captured[{self.first_int + node.value}], {dtype})"
         if node.op is Op.LOAD:
             return self._load(node)
         args = [self.names[a] for a in node.args]
@@ -329,7 +335,7 @@ class _Printer:
             args = [_typed(a, tl) for a in node.args]
         if node.op is Op.CAST:
             return f"{args[0]}.to({dtype})"
-        if node.lhs.dtype not in _LOW or node.op in (Op.WHERE, Op.DETACH):
+        if node.lhs.dtype not in _LOW or node.op is Op.WHERE:
             return SPELLING[node.op](node, args, tl)
         raised = [f"{a}.to({tl}.float32)" for a in args]
         text = SPELLING[node.op](node, raised, tl)

@@ -170,7 +170,7 @@ def _backend(parsed: Any) -> str:
     else:
         how = "the mod is evaluated on each tile of scores"
     mask = "no mask" if parsed.mask is None else "partial blocks are masked element by element, full blocks are not"
-    return f"tiled (torch operators, online softmax in base 2); {how}; {mask}"
+    return f"on a CPU: tiled (torch operators, online softmax in base 2); {how}; {mask}"
 
 
 def _names(mods: tuple[Any, ...]) -> dict[int, str]:

@@ -12,9 +12,11 @@ import torch
 
 from flexattn import masks, mods
 from flexattn.codegen.derivative import DERIVATIVES, ZERO_DERIVATIVE
+from flexattn.codegen.emit import functions
 from flexattn.codegen.errors import ProgramError
 from flexattn.codegen.evaluate import EVALUATE
 from flexattn.codegen.ir import Op
+from flexattn.codegen.pipeline import variant
 from flexattn.codegen.program import parse
 from flexattn.codegen.spec import LEAVES, SIGNATURES
 from flexattn.codegen.trace import trace
@@ -54,13 +56,23 @@ VARIANTS: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]]
 }
 
 
+def assert_recorded(text: str, path: Path) -> None:
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        path.write_text(text)
+    assert text == path.read_text(), "run with UPDATE_SNAPSHOTS=1 if the change is meant"
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_program_of_a_named_variant_is_the_recorded_one(name: str) -> None:
-    program = trace(*VARIANTS[name]).program
-    path = SNAPSHOTS / f"{name}.txt"
-    if os.environ.get("UPDATE_SNAPSHOTS"):
-        path.write_text(program + "\n")
-    assert program + "\n" == path.read_text(), "run with UPDATE_SNAPSHOTS=1 if the change is meant"
+    assert_recorded(trace(*VARIANTS[name]).program + "\n", SNAPSHOTS / f"{name}.txt")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_generated_functions_of_a_named_variant_are_the_recorded_ones(name: str) -> None:
+    compiled = variant(trace(*VARIANTS[name]).program)
+    learned = [i for i, (dtype, _) in enumerate(compiled.captured) if dtype.is_float]
+    made = [f.source for f in functions(compiled, learned) if f is not None]
+    assert_recorded("\n".join(made) or "# no functions\n", SNAPSHOTS / f"{name}.triton.txt")
 
 
 def test_every_operation_is_in_every_table_it_needs() -> None:

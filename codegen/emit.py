@@ -14,18 +14,15 @@ run-time ints. `dcaptured` holds pointer and strides of each wanted gradient. Th
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from .formula import formula
+from .formula import formula, gradients
 from .ir import DType, Node, Op, walk
 from .pipeline import Variant
+from .triton_text import SPELLING, TRITON_DTYPE, literal, never_negative, typed
 
-TRITON_DTYPE = {d: "int1" if d is DType.BOOL else d.value for d in DType}
-BITS = {DType.UINT8: 8, DType.INT8: 8, DType.INT16: 16, DType.INT32: 32, DType.INT64: 64}
 _LOW = frozenset((DType.FLOAT16, DType.BFLOAT16))  # computed in float32, rounded after every operation
-_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _INDICES = "b, h, q_idx, kv_idx"
 
 
@@ -58,136 +55,6 @@ class Functions(NamedTuple):
     mask_mod: Function | None
     score_mod_grad: Function | None
     captured_grads: Function | None
-
-
-Speller = Callable[[Node, list[str], str], str]
-
-
-def _call(name: str) -> Speller:
-    return lambda node, args, tl: f"{tl}.{name}({', '.join(args)})"
-
-
-def _device(name: str) -> Speller:
-    return lambda node, args, tl: f"device.{name}({', '.join(args)})"
-
-
-def _infix(sign: str) -> Speller:
-    return lambda node, args, tl: f"{args[0]} {sign} {args[1]}"
-
-
-def _by_type(integer: Speller, floating: Speller) -> Speller:
-    return lambda node, args, tl: (floating if node.lhs.dtype.is_float else integer)(node, args, tl)
-
-
-def _extremum(name: str) -> Speller:
-    """torch's maximum and minimum give nan if an operand is nan."""
-    return _by_type(
-        _call(name), lambda node, args, tl: f"{tl}.{name}({args[0]}, {args[1]}, propagate_nan={tl}.PropagateNan.ALL)"
-    )
-
-
-def _integer_division(exact: str, device: str) -> Speller:
-    """Triton's operator where neither operand can be negative, else the function that rounds as torch does."""
-
-    def spell(node: Node, args: list[str], tl: str) -> str:
-        plain = never_negative(node.lhs) and never_negative(node.rhs)
-        return f"{args[0]} {exact} {args[1]}" if plain else f"device.{device}({args[0]}, {args[1]})"
-
-    return spell
-
-
-def _shift(sign: str, device: str) -> Speller:
-    def spell(node: Node, args: list[str], tl: str) -> str:
-        bits, by = BITS[node.dtype], node.rhs.value
-        if node.rhs.is_const and isinstance(by, int) and 0 <= by < bits:
-            return f"{args[0]} {sign} {args[1]}"
-        return f"device.{device}({args[0]}, {args[1]}, {bits})"
-
-    return spell
-
-
-def _power(node: Node, args: list[str], tl: str) -> str:
-    x, exponent = args[0], node.rhs.value
-    if node.rhs.is_const and isinstance(exponent, (int, float)) and math.isfinite(exponent):
-        if exponent == int(exponent) and 1 <= exponent <= 4:
-            return " * ".join([x] * int(exponent))
-        if node.dtype.is_float and exponent in (0.5, -0.5, -1.0):
-            return {0.5: f"{tl}.sqrt({x})", -0.5: f"{tl}.rsqrt({x})", -1.0: f"1.0 / {x}"}[exponent]
-    return f"device.{'power' if node.dtype.is_float else 'integer_power'}({x}, {args[1]})"
-
-
-SPELLING: dict[Op, Speller] = {
-    Op.DETACH: lambda node, args, tl: args[0],
-    Op.ADD: _infix("+"),
-    Op.SUB: _infix("-"),
-    Op.MUL: _infix("*"),
-    Op.DIV: _infix("/"),
-    Op.FLOORDIV: _by_type(_integer_division("//", "floor_divide"), _device("float_floor_divide")),
-    Op.TRUNCDIV: _by_type(_infix("//"), lambda node, args, tl: f"device.truncate({args[0]} / {args[1]})"),
-    Op.MOD: _by_type(_integer_division("%", "remainder"), _device("float_remainder")),
-    Op.FMOD: _by_type(_infix("%"), _device("fmod")),
-    Op.POW: _power,
-    Op.MAXIMUM: _extremum("maximum"),
-    Op.MINIMUM: _extremum("minimum"),
-    Op.NEG: lambda node, args, tl: f"-{args[0]}",
-    Op.ABS: _call("abs"),
-    Op.SIGN: _device("sign"),
-    Op.AND: _infix("&"),
-    Op.OR: _infix("|"),
-    Op.XOR: _infix("^"),
-    Op.NOT: lambda node, args, tl: f"{args[0]} == 0" if node.dtype is DType.BOOL else f"~{args[0]}",
-    Op.SHL: _shift("<<", "shift_left"),
-    Op.SHR: _shift(">>", "shift_right"),
-    Op.LT: _infix("<"),
-    Op.LE: _infix("<="),
-    Op.EQ: _infix("=="),
-    Op.NE: _infix("!="),
-    Op.WHERE: _call("where"),
-    Op.EXP: _call("exp"),
-    Op.EXP2: _call("exp2"),
-    Op.EXPM1: _device("expm1"),
-    Op.LOG: _call("log"),
-    Op.LOG2: _call("log2"),
-    Op.LOG1P: _device("log1p"),
-    Op.SQRT: _call("sqrt"),
-    Op.RSQRT: _call("rsqrt"),
-    Op.SIN: _call("sin"),
-    Op.COS: _call("cos"),
-    Op.ATAN: _device("atan"),
-    Op.TANH: _device("tanh"),
-    Op.SIGMOID: _device("sigmoid"),
-    Op.ERF: _call("erf"),
-    Op.FLOOR: _call("floor"),
-    Op.CEIL: _call("ceil"),
-    Op.ROUND: _device("round_even"),
-    Op.TRUNC: _device("truncate"),
-}
-
-
-def never_negative(node: Node) -> bool:
-    """Whether an integer is known to be 0 or more. Sums and products may overflow, so they are not known."""
-    if node.op is Op.CONST:
-        return isinstance(node.value, int) and node.value >= 0
-    if node.op is Op.INPUT:
-        return node.value in ("b", "h", "q_idx", "kv_idx")
-    if node.dtype in (DType.UINT8, DType.BOOL):
-        return True
-    match node.op:
-        case Op.FLOORDIV | Op.MINIMUM:
-            return never_negative(node.lhs) and never_negative(node.rhs)
-        case Op.MAXIMUM | Op.AND:
-            return never_negative(node.lhs) or never_negative(node.rhs)
-        case Op.MOD:
-            return never_negative(node.rhs)
-        case Op.SHR:
-            return never_negative(node.lhs)
-        case Op.WHERE:
-            return never_negative(node.args[1]) and never_negative(node.args[2])
-        case Op.CAST:
-            source = node.lhs.dtype
-            widens = not source.is_float and (source is DType.BOOL or BITS[node.dtype] >= BITS[source])
-            return node.dtype.is_int and widens and never_negative(node.lhs)
-    return False
 
 
 def functions(
@@ -234,6 +101,7 @@ class _Printer:
         self.names: dict[Node, str] = {}
         self.header: dict[str, str] = {}  # what is unpacked from the tuples
         self.computes: dict[int, Node] = {}  # which operation a line of the body belongs to
+        self.places: dict[tuple[Node, str], str] = {}  # names of positions that are in range already
         self.count = 0
 
     def single(self, root: Node | None, parameters: str) -> Function:
@@ -244,7 +112,7 @@ class _Printer:
         self._lines([root])
         result = self.names[root]
         if root.is_const:
-            result = _typed(root, self.tl)
+            result = typed(root, self.tl)
         tile = {"score_mod": "score", "score_mod_grad": "grad"}.get(self.role)
         if tile is not None and not root.axes & {"score", "grad"}:
             result = f"{self.tl}.broadcast_to({result}, {tile}.shape)"
@@ -259,12 +127,12 @@ class _Printer:
         for number in wanted:
             places[number] = at
             at += 1 + self.variant.captured[number][1]
-        notes = []
         for i, (load, grad) in enumerate(loads):
             number, index = _number(load), load.args[1:]
             self._lines([*index, grad])
             value, axes = f"g{i}", frozenset[str]().union(*(n.axes for n in index))
             target = self._unpack(f"d{number}", "dcaptured", places[number])
+            positions = self._places(load)
             self.body.append(f"{value} = {tl}.where(keep, {self.names[grad]}.to({tl}.float32), 0.0)")
             # What the index does not depend on is summed in the tile, so that one element is added instead of a row.
             for axis, missing in (("Q_AXIS", "q_idx"), ("1 - Q_AXIS", "kv_idx")):
@@ -272,16 +140,15 @@ class _Printer:
                     self.body.append(f"{value} = {tl}.sum({value}, {axis}, keep_dims=True)")
             parts = [
                 f"{place} * {self._unpack(f'd{number}_stride{d}', 'dcaptured', places[number] + 1 + d)}"
-                for d, place in enumerate(self._places(load))
+                for d, place in enumerate(positions)
             ]
-            offset = " + ".join(parts) if parts else "0"
-            self.body.append(f"at{i} = {tl}.broadcast_to({target} + ({offset}), {value}.shape)")
+            address = " + ".join([target, *parts])
+            self.body.append(f"at{i} = {tl}.broadcast_to({address}, {value}.shape)")
             whole = {"q_idx", "kv_idx"} <= axes or "score" in axes
             mask = ", mask=keep" if whole else ""
             self.body.append(f'{tl}.atomic_add(at{i}, {value}{mask}, sem="relaxed")')
-            notes.append(formula({f"d {formula({'': load}).removeprefix(' = ')}": grad}))
         parameters = f"grad, score, {_INDICES}, keep, captured, dcaptured, Q_AXIS: {tl}.constexpr"
-        return self._finish(parameters, "\n".join(notes))
+        return self._finish(parameters, gradients(None, loads))
 
     def _finish(self, parameters: str, note: str) -> Function:
         head = [f"# {line}" for line in note.splitlines()]
@@ -313,7 +180,7 @@ class _Printer:
             if node.op is Op.INPUT:
                 self.names[node] = str(node.value)
             elif node.op is Op.CONST:
-                self.names[node] = _literal(node, self.tl)
+                self.names[node] = literal(node, self.tl)
             elif node.op in (Op.FLOAT, Op.INT):
                 self.names[node] = self._number(node)
             elif node.op is Op.DETACH or (node.op is Op.CAST and node.lhs.dtype is node.dtype):
@@ -321,10 +188,12 @@ class _Printer:
             elif node.op is Op.CAPTURED:
                 self.names[node] = self._unpack(f"c{_base(node)}", "captured", self.starts[_base(node)])
             else:
-                self.names[node] = name = f"t{self.count}"
+                first = len(self.body)
+                text = self._spell(node)  # which may put lines of its own before
+                self.names[node] = f"t{self.count}"
                 self.count += 1
-                self.computes[len(self.body)] = node
-                self.body.append(f"{name} = {self._spell(node)}")
+                self.body.append(f"{self.names[node]} = {text}")
+                self.computes |= dict.fromkeys(range(first, len(self.body)), node)
 
     def _spell(self, node: Node) -> str:
         tl, dtype = self.tl, f"{self.tl}.{TRITON_DTYPE[node.dtype]}"
@@ -332,7 +201,7 @@ class _Printer:
             return self._load(node)
         args = [self.names[a] for a in node.args]
         if all(a.is_const for a in node.args):  # an operation on literals would be Python's, not the device's
-            args = [_typed(a, tl) for a in node.args]
+            args = [typed(a, tl) for a in node.args]
         if node.op is Op.CAST:
             return f"{args[0]}.to({dtype})"
         if node.lhs.dtype not in _LOW or node.op is Op.WHERE:
@@ -351,38 +220,21 @@ class _Printer:
         return f"{self.tl}.load({' + '.join(parts)})"
 
     def _places(self, load: Node) -> list[str]:
-        """The position along each dimension, in range."""
+        """Names of the position along each dimension, in range."""
         number = _number(load)
         result = []
         for d, index in enumerate(load.args[1:]):
             size = self._unpack(f"c{number}_size{d}", "captured", self.starts[number] + 1 + d)
-            function = "bound_index" if never_negative(index) else "wrap_index"
-            text = self.names[index]
-            if index.is_const:
-                text = _typed(index, self.tl)
-            if number in self.wide:
-                text = f"{text}.to({self.tl}.int64)"
-            result.append(f"device.{function}({text}, {size})")
+            known = (index, size)
+            if known not in self.places:
+                function = "bound_index" if never_negative(index) else "wrap_index"
+                text = typed(index, self.tl) if index.is_const else self.names[index]
+                if number in self.wide:
+                    text = f"{text}.to({self.tl}.int64)"
+                self.places[known] = name = f"p{len(self.places)}"
+                self.body.append(f"{name} = device.{function}({text}, {size})")
+            result.append(self.places[known])
         return result
-
-
-def _literal(node: Node, tl: str) -> str:
-    """A constant as an operand beside a tensor: bare where Triton gives it the right type by itself."""
-    bare = node.dtype in (DType.FLOAT32, DType.INT32, DType.BOOL)
-    return _number_text(node) if bare else _typed(node, tl)
-
-
-def _typed(node: Node, tl: str) -> str:
-    return f"{tl}.full((), {_number_text(node)}, {tl}.{TRITON_DTYPE[node.dtype]})"
-
-
-def _number_text(node: Node) -> str:
-    value = node.value
-    if not isinstance(value, float):
-        return repr(value)
-    if node.dtype is DType.FLOAT32 and math.isfinite(value) and abs(value) > _LARGEST_FLOAT32:
-        value = math.copysign(math.inf, value)
-    return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 def _base(captured: Node) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .ir import Node, Op, walk
 
@@ -48,6 +48,24 @@ def formula(roots: Mapping[str, Node], names: Mapping[str, str] | None = None) -
             lines.append(f"x{shared} = {text[node][0]}")
             text[node] = (f"x{shared}", _TIGHT)
     return "\n".join([*lines, *(f"{name} = {text[node][0]}" for name, node in roots.items())])
+
+
+def gradients(score: Node | None, loads: Sequence[tuple[Node, Node]], names: Mapping[str, str] | None = None) -> str:
+    """A line `d score = ...`, and a line `d c0[...] = ...` for each load and the gradient of what it read."""
+    roots: dict[str, Node] = {} if score is None else {"d score": score}
+    for i, (load, grad) in enumerate(loads):
+        roots |= {f"load {i}": load, f"grad {i}": grad}
+    lines: list[str] = []
+    place = ""
+    for line in formula(roots, names).splitlines():
+        name, _, text = line.partition(" = ")
+        if name.startswith("load "):
+            place = f"d {text}"
+            while any(other.startswith(f"{place} = ") for other in lines):
+                place += "'"
+        else:
+            lines.append(f"{place if name.startswith('grad ') else name} = {text}")
+    return "\n".join(lines)
 
 
 def _print(node: Node, text: Mapping[Node, tuple[str, int]], names: Mapping[str, str]) -> tuple[str, int]:

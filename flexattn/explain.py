@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .codegen.emit import functions
-from .codegen.formula import formula
-from .codegen.ir import Node
+from .codegen.formula import formula, gradients
 from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
 
@@ -117,16 +116,8 @@ def explain(
 
 
 def _derivative(derivative: Any, names: Mapping[str, str]) -> str:
-    roots: dict[str, Node] = {}
-    if derivative.score is not None:
-        roots["d score"] = derivative.score
-    for load, grad in derivative.loads:
-        target = formula({"": load}, names).removeprefix(" = ")
-        place = f"d {target}"
-        while place in roots:
-            place += "'"
-        roots[place] = grad
-    return formula(roots, names) if roots else "nothing depends on the score or on a captured tensor"
+    text = gradients(derivative.score, derivative.loads, names)
+    return text or "nothing depends on the score or on a captured tensor"
 
 
 def _functions(parsed: Variant, captured: Sequence[Tensor]) -> str:

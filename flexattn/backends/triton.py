@@ -208,7 +208,7 @@ def _call(
 
 
 def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
-    wide = tuple(i for i, t in enumerate(problem.tensors) if _reach(t) > FARTHEST)
+    wide = tuple(i for i, t in enumerate(problem.tensors) if max(_reach(t), t.numel()) > FARTHEST)
     return _functions_of(problem.variant, tuple(wanted), wide)
 
 

@@ -14,13 +14,14 @@ from strategies import FLOATING, Mod, environment, mask_mods, score_mods
 from torch import Tensor
 
 from flexattn.backends.triton import captured_arguments, gradient_arguments
-from flexattn.codegen.emit import SPELLING, functions
+from flexattn.codegen.emit import functions
 from flexattn.codegen.evaluate import EVALUATE, TORCH_DTYPE, Inputs, evaluate, wrap_index
 from flexattn.codegen.ir import DType, Kind, Node, Op, const, input_node
 from flexattn.codegen.jit import jitted
 from flexattn.codegen.pipeline import Variant, variant
 from flexattn.codegen.spec import SIGNATURES, apply, load
 from flexattn.codegen.trace import trace
+from flexattn.codegen.triton_text import SPELLING
 
 B, H, L, S, TILE = 1, 3, 13, 19, 32
 

@@ -156,7 +156,7 @@ class _Printer:
         signature = f"({parameters}):"
         body = [f"    {line}" for line in self.body]
         content = "\n".join([signature, *unpacked, *body])
-        name = f"{self.role}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        name = f"{self.role}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         source = "\n".join([*head, f"def {name}{signature}", *unpacked, *body]) + "\n"
         first = len(head) + 1 + len(unpacked) + 1  # counted from 1
         return Function(self.role, name, source, len(head) + 1, {first + i: node for i, node in self.computes.items()})

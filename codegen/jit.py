@@ -56,5 +56,6 @@ def _jitted(function: Function) -> Any:
             _BY_FILE[filename] = function
             space: dict[str, Any] = {"tl": tl, "device": device, "__name__": __name__}
             exec(compile(function.source, filename, "exec"), space)
+            # Kept for ever: Triton's caches hold its kernels by these objects, and users have few variants.
             made = _MADE[function.source] = triton.jit(space[function.name])
     return made

@@ -189,8 +189,8 @@ def _call(
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
         return {"shape": Shape.of(**constants, **sizes), "lists": lists, "tiles": tiles, "grid": tiles * outer}
 
-    # `made` stands for the variant: equal generated functions are the same objects.
-    key_of_choice = (which, made, query.dtype, D, DV, problem.block_size if listed else None, precision)
+    # Equal generated functions are the same objects, and live as long as the process.
+    key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
     widths = (_padded(D), _padded(DV))
     return Call(
         kernel=kernel,

@@ -94,3 +94,28 @@ def test_a_configuration_that_does_not_fit_or_spills_gives_way_to_the_next(tmp_p
         "no configuration of the forward kernel with BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=9 fits"
     )
     assert "bytes of shared memory, cuda 90 has 232448" in refusal and "kernel_options" in refusal
+
+
+REFUSED = """
+import torch
+from flexattn import KernelError
+from flexattn.backends.launch import choose
+from flexattn.backends.survey import calls
+from flexattn.backends.target import compiling_for, named
+from flexattn.codegen import emit
+from flexattn.codegen.ir import Op
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import trace
+emit.SPELLING[Op.SIN] = lambda node, args, tl: f"{tl}.sin({args[0]}, 3, 4)"
+program = trace(lambda score, b, h, q_idx, kv_idx: torch.sin(score + q_idx), None).program
+call = calls(variant(program), [], [], torch.bfloat16, 64, "cpu")[0]
+try:
+    with compiling_for(named("sm_90")):
+        choose(call, named("sm_90"))
+except KernelError as error:
+    print(error.role, error.node.op.value, error.code)
+"""
+
+
+def test_an_error_of_the_compiler_names_the_generated_line_and_its_operation(tmp_path: Path) -> None:
+    assert run("-c", REFUSED, cache=tmp_path) == "score_mod sin t2 = tl.sin(t1, 3, 4)\n"

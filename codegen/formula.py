@@ -34,7 +34,8 @@ _ASSOCIATIVE = (Op.ADD, Op.MUL, Op.AND, Op.OR, Op.XOR)
 def formula(roots: Mapping[str, Node], names: Mapping[str, str] | None = None) -> str:
     """One line `name = expression` a root, after lines for the sub-expressions they share.
 
-    `names` renames captured tensors and run-time numbers (c0, f0, i0). Casts are left out: they are in the program.
+    `names` renames captured tensors and run-time numbers (c0, f0, i0). Casts that keep the value are left out: they are in
+    the program.
     """
     names = names or {}
     uses: Counter[Node] = Counter(a for node in walk(*roots.values()) for a in node.args)
@@ -48,6 +49,14 @@ def formula(roots: Mapping[str, Node], names: Mapping[str, str] | None = None) -
             lines.append(f"x{shared} = {text[node][0]}")
             text[node] = (f"x{shared}", _TIGHT)
     return "\n".join([*lines, *(f"{name} = {text[node][0]}" for name, node in roots.items())])
+
+
+def inline(node: Node, names: Mapping[str, str] | None = None) -> str:
+    """A node on one line, nothing shared: a label."""
+    text: dict[Node, tuple[str, int]] = {}
+    for n in walk(node):
+        text[n] = _print(n, text, names or {})
+    return text[node][0]
 
 
 def gradients(score: Node | None, loads: Sequence[tuple[Node, Node]], names: Mapping[str, str] | None = None) -> str:
@@ -83,6 +92,8 @@ def _print(node: Node, text: Mapping[Node, tuple[str, int]], names: Mapping[str,
         number = node.value[0] if isinstance(node.value, tuple) else node.value
         name = {Op.FLOAT: "f", Op.INT: "i", Op.CAPTURED: "c"}[op] + str(number)
         return names.get(name, name), _TIGHT
+    if op is Op.CAST and args[0].dtype.is_float and node.dtype.is_int:
+        return f"trunc({text[args[0]][0]})", _TIGHT
     if op in (Op.CAST, Op.DETACH):
         return text[args[0]]
     if op is Op.LOAD:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .diagnose import is_inside
-from .formula import formula
+from .formula import inline
 from .ir import INDEX_INPUTS, DType, Node, input_node, walk
 from .recorder import Placeholder, Recorder, Value
 
@@ -31,8 +31,8 @@ def place_of(mod: Callable[..., Any], role: str, score_dtype: DType, wanted: Nod
         arguments.insert(0, recorder.scalar(input_node("score", score_dtype)))
     with recorder:
         mod(*arguments)
-    text = formula({"": wanted})
-    found = [place for node, place in recorder.places.items() if node.op is wanted.op and formula({"": node}) == text]
+    text = inline(wanted)
+    found = [place for node, place in recorder.places.items() if node.op is wanted.op and inline(node) == text]
     found += [p for node, p in recorder.places.items() if node.op is wanted.op and node.dtype is wanted.dtype]
     return found[0] if found else None
 

@@ -137,6 +137,10 @@ def check_arguments(role: str, mod: Any) -> None:
     usage = f"def {role}({', '.join(names)})"
     if not callable(mod):
         raise TraceError(f"is a {type(mod).__name__}, which cannot be called", f"A {role} is a function.", usage, role)
+    if isinstance(mod, type):
+        raise TraceError(
+            f"is the class `{mod.__name__}`", f"A {role} is an instance of it.", f"{mod.__name__}(...)", role
+        )
     count = positional_count(mod)
     if count is None or count == len(names):
         return

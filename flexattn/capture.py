@@ -66,6 +66,7 @@ def _attention(
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
     validate.captured(captured, query.device)
+    validate.no_forward_mode((query, key, value, *captured))
     if debugging():
         check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
     try:

@@ -116,14 +116,14 @@ def least_shared_memory(which: Pass, config: KernelConfig, row_bytes: int) -> in
 
 
 def pinned(which: Pass, options: Mapping[str, Any]) -> Pinned:
-    """What checked kernel options say about one pass. A prefixed name, `fwd_num_warps`, goes before the bare one."""
-    prefix = "fwd_" if which == "forward" else "bwd_"
+    """What checked kernel options, those of the forward or of the backward, say about one pass."""
+    return Pinned(**{part: options.get(name) for part, name in option_names(which).items()})
+
+
+def option_names(which: Pass) -> dict[str, str]:
+    """The kernel option that pins each part of a configuration of a pass."""
     suffix = {"forward": "", "dkdv": "1", "dq": "2"}[which]
-
-    def value(name: str) -> Any:
-        return options.get(prefix + name, options.get(name))
-
-    return Pinned(value(f"BLOCK_M{suffix}"), value(f"BLOCK_N{suffix}"), value("num_warps"), value("num_stages"))
+    return {name: name + suffix if name.startswith("BLOCK_") else name for name in Pinned._fields}
 
 
 def fitted(tile: int, block: int) -> int:

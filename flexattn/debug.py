@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends.tiled import Walk
 from .codegen.evaluate import Inputs, evaluate
-from .codegen.formula import formula
+from .codegen.formula import inline
 from .codegen.ir import Node, Op, walk
 from .problem import Problem
 
@@ -92,7 +92,7 @@ def _check(load: Node, problem: Problem, inputs: Inputs, keep: Tensor) -> None:
             at[name] = int(t[tuple(i if n > 1 else 0 for i, n in zip(place, t.shape, strict=True))])
         wide = value.view([1] * (5 - value.dim()) + list(value.shape))
         found = int(wide[tuple(i if n > 1 else 0 for i, n in zip(place, wide.shape, strict=True))])
-        text = formula({"": load}).removeprefix(" = ")
+        text = inline(load)
         raise IndexError(
             f"index {found} is out of range for dimension {dim} (size {size}) of captured tensor c{base.value[0]}, read as "
             f"{text} at " + ", ".join(f"{k}={v}" for k, v in at.items())

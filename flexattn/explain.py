@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import validate
 from .codegen.emit import functions
 from .codegen.formula import formula, gradients
 from .codegen.pipeline import Variant, variant
@@ -77,7 +78,7 @@ def explain(
 
     Raises:
         TraceError: for a mod that cannot be traced.
-        ValueError: for an unknown target, or if Triton's interpreter is on, which compiles nothing.
+        ValueError: for an unknown dtype, head_dim or target, or if Triton's interpreter is on, which compiles nothing.
 
     Example:
         >>> import flexattn
@@ -85,6 +86,12 @@ def explain(
         >>> print(report.formula)
         score' = tanh(score / 20) * 20
     """
+    if dtype not in validate.DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(map(str, validate.DTYPES))}")
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise ValueError(f"head_dim is {head_dim!r}; it must be a positive integer")
+    if target is not None and not isinstance(target, str):
+        raise TypeError(f"target is a {type(target).__name__}; name a GPU, such as target='sm_90' or 'gfx942'")
     score_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=score_dtype)
     parsed = variant(program)
@@ -138,8 +145,9 @@ def _kernels(
         return (
             "attention_forward, attention_backward_dq, attention_backward_dkdv: no GPU here; name one, target='sm_90'"
         )
-    if dtype is torch.float64:
-        return "none: float64 is computed by torch operators"
+    if dtype is torch.float64 or head_dim > validate.MAX_HEAD_DIM:
+        what = "float64" if dtype is torch.float64 else f"a head dimension over {validate.MAX_HEAD_DIM}"
+        return f"none: {what} is computed by torch operators"
     from .backends.survey import survey
     from .backends.target import interpreted, named
 

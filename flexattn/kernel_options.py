@@ -20,7 +20,7 @@ class Option(NamedTuple):
     meaning: str
 
 
-_TILE, _COUNT = "power of two, at least 16", "positive integer"
+_TILE, _COUNT = "power of two from 16 to 512", "positive integer"
 _IGNORED = "accepted without effect: "
 
 OPTIONS: dict[str, Option] = {
@@ -46,6 +46,7 @@ OPTIONS: dict[str, Option] = {
     "WRITE_DQ": Option("bool", _IGNORED + "the dQ pass writes dQ and the gradients of captured tensors"),
     "USE_TMA": Option("bool", _IGNORED + "tiles are loaded through pointers"),
 }
+_TILES = frozenset(name for name, option in OPTIONS.items() if option.kind == _TILE)
 PREFIXES = ("fwd_", "bwd_")
 
 
@@ -64,11 +65,23 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"unknown kernel option {name!r}; {hint}Known options, each with an optional prefix fwd_ or bwd_: "
                 + ", ".join(OPTIONS)
             )
+        if name != bare and bare in _TILES and (bare[-1] in "12") == name.startswith("fwd_"):
+            raise ValueError(
+                f"kernel option {name!r} has no meaning: BLOCK_M and BLOCK_N are tiles of the forward, BLOCK_M1 and BLOCK_N1 "
+                "of the backward's dK/dV pass, BLOCK_M2 and BLOCK_N2 of its dQ pass"
+            )
         kind = OPTIONS[bare].kind
         if not _fits(kind, value):
             allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
             raise ValueError(f"kernel option {name!r} is {value!r}; it must be {allowed}")
     return dict(options)
+
+
+def options_of(options: Mapping[str, Any], forward: bool) -> dict[str, Any]:
+    """What checked options say about the forward, or the backward: a prefixed name goes before the bare one."""
+    own = PREFIXES[0] if forward else PREFIXES[1]
+    bare = {name: value for name, value in options.items() if not name.startswith(PREFIXES)}
+    return bare | {name[len(own) :]: value for name, value in options.items() if name.startswith(own)}
 
 
 def options_text(options: Mapping[str, Any]) -> str:
@@ -93,4 +106,4 @@ def _fits(kind: str, value: Any) -> bool:
         return False
     if not kind.startswith("power of two"):
         return True
-    return value & (value - 1) == 0 and (value >= 16 if kind == _TILE else value <= 32)
+    return value & (value - 1) == 0 and (16 <= value <= 512 if kind == _TILE else value <= 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None
             f"key and value differ in batch, heads or length: {tuple(key.shape[:3])} and {tuple(value.shape[:3])}"
         )
     if key.shape[0] not in (query.shape[0], 1):
-        raise ValueError(f"the batch of key and value is {key.shape[0]}; it must be query's, {query.shape[0]}, or 1")
+        allowed = f"query's, {query.shape[0]}, or 1" if query.shape[0] != 1 else "query's, 1"
+        raise ValueError(f"the batch of key and value is {key.shape[0]}; it must be {allowed}")
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads != kv_heads:
         if not enable_gqa:
@@ -67,6 +69,11 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
             hint = (
                 ". PyTorch's BlockMask converts by flexattn.BlockMask.from_kv_blocks(m.kv_num_blocks, m.kv_indices, "
                 "m.full_kv_num_blocks, m.full_kv_indices, m.BLOCK_SIZE, m.mask_mod, m.seq_lengths)"
+            )
+        elif isinstance(mask, Tensor):
+            hint = (
+                ". A dense boolean tensor is a mask function that reads it: "
+                "mask_mod=lambda b, h, q_idx, kv_idx: t[q_idx, kv_idx]"
             )
         elif callable(mask):
             hint = "; a mask function is passed as mask_mod="
@@ -105,6 +112,17 @@ def captured(tensors: Sequence[Tensor], device: torch.device) -> None:
             )
 
 
+def no_forward_mode(tensors: Sequence[Tensor]) -> None:
+    """Raise `NotImplementedError` for a tensor with a tangent: the result would silently have none."""
+    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "flex_attention has no forward-mode derivative (jvp, jacfwd). Use reverse mode: torch.autograd.grad, or "
+            "torch.autograd.functional.jacobian"
+        )
+
+
 def choices(block_mask: Any, mask_mod: Any, return_lse: bool, return_aux: Any, backend: str, scale: Any) -> None:
     """Raise for arguments that exclude each other, and for unknown names."""
     if block_mask is not None and mask_mod is not None:
@@ -114,6 +132,10 @@ def choices(block_mask: Any, mask_mod: Any, return_lse: bool, return_aux: Any, b
         )
     if return_lse and return_aux is not None:
         raise ValueError("both return_lse and return_aux are given; write return_aux=AuxRequest(lse=True) alone")
+    if return_aux is not None and not (hasattr(return_aux, "lse") and hasattr(return_aux, "max_scores")):
+        raise TypeError(
+            f"return_aux is a {type(return_aux).__name__}; say which outputs to return: return_aux=AuxRequest(lse=True)"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
     if scale is not None and not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
@@ -129,9 +151,9 @@ def triton_refusal(query: Tensor, value: Tensor) -> str:
         return f"needs Triton, which does not exist for {sys.platform}"
     if query.device.type == "cpu":
         if not _interpreted():
-            return (
-                "runs on GPUs; on a CPU it needs the environment variable TRITON_INTERPRET=1 before Triton is imported"
-            )
+            return "runs on GPUs; on a CPU it needs Triton's interpreter: start Python with TRITON_INTERPRET=1 in the environment"
+        if importlib.util.find_spec("numpy") is None:
+            return "runs on a CPU in Triton's interpreter, which needs numpy: pip install numpy"
     elif query.device.type != "cuda":
         return f"does not know the device {query.device.type}"
     if query.dtype is torch.float64:

@@ -69,6 +69,8 @@ class Shape(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _shape(values: tuple[tuple[str, Any], ...]) -> Any:
-    if triton.knobs.runtime.interpret:  # Triton's interpreter takes the members of a tuple for run-time values
+    if not isinstance(
+        tl.sum, triton.JITFunction
+    ):  # Triton's interpreter takes the members of a tuple for run-time values
         return SimpleNamespace(**dict(values))
     return Shape(**{name: tl.constexpr(value) for name, value in values})

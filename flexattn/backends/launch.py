@@ -15,7 +15,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
 from ..codegen.jit import function_of_file, function_of_source
-from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_memory
+from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_memory, option_names
 from ..errors import KernelError
 from .resources import Resources, resources
 from .target import Target, current, interpreted
@@ -57,6 +57,8 @@ class Chosen(NamedTuple):
     resources: Resources | None
     kernel: Any = None
 
+
+ENOUGH = 6  # configurations compiled in search of one that does not spill, if one that does has been found
 
 _CHOSEN: dict[tuple[Any, ...], Chosen] = {}
 
@@ -109,12 +111,16 @@ def choose(call: Call, target: Target | None) -> Chosen:
 
 def _search(call: Call, target: Target, loads: bool) -> Chosen:
     best: Chosen | None = None
+    tried = 0
     needed: list[int] = []
     for config in chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned):
         least = least_shared_memory(call.which, config, call.row_bytes)
         if least > target.shared_memory:
             needed.append(least)
             continue
+        if best is not None and tried == ENOUGH:
+            break
+        tried += 1
         try:
             kernel = compiled(call, config)
             if kernel.metadata.shared > target.shared_memory:
@@ -131,11 +137,14 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
         if best.resources.spilled == 0:  # type: ignore[union-attr]
             break
     if best is None:
-        pinned = ", ".join(f"{name}={value}" for name, value in call.pinned._asdict().items() if value is not None)
+        names = option_names(call.which)
+        said = {names[part]: value for part, value in call.pinned._asdict().items() if value is not None}
+        pinned = ", ".join(f"{name}={value}" for name, value in said.items())
+        lower = ", ".join(said) or "nothing: head_dim is too large"
         raise ValueError(
             f"no configuration of the {call.which} kernel with {pinned or 'any tile'} fits: the smallest needs at least "
             f"{min(needed, default=0)} bytes of shared memory, {target.backend} {target.arch} has "
-            f"{target.shared_memory}. Leave out or lower BLOCK_M, BLOCK_N and num_stages in kernel_options"
+            f"{target.shared_memory}. In kernel_options leave out or lower {lower}"
         )
     return best
 

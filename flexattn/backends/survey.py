@@ -18,6 +18,7 @@ from .target import Target, compiling_for
 from .triton import Backward, Forward, dkdv_call, dq_call, forward_call
 
 HEADS, LENGTH = 8, 4096
+PRODUCTS = {"half": "16-bit products", "tf32": "TF32 products", "ieee": "float32 products"}
 
 
 class Compiled(NamedTuple):
@@ -51,8 +52,9 @@ def survey(
             start = time.perf_counter()
             chosen = choose(call, target)
             assert chosen.resources is not None
-            c = chosen.config
-            words = f"BLOCK_M={c.BLOCK_M}, BLOCK_N={c.BLOCK_N}, num_warps={c.num_warps}, num_stages={c.num_stages}"
+            c, shape = chosen.config, call.shaped(chosen.config)["shape"]
+            tile = f"BLOCK_M={shape.BLOCK_M.value}, BLOCK_N={shape.BLOCK_N.value}"
+            words = f"{tile}, num_warps={c.num_warps}, num_stages={c.num_stages}, {PRODUCTS[call.product]}"
             name = call.kernel.fn.__name__
             found.append(Compiled(name, words, chosen.resources, time.perf_counter() - start, chosen.kernel))
     return found

@@ -14,7 +14,7 @@ _KIB = 1024
 # Shared memory that one program can have: NVIDIA, "CUDA C++ Programming Guide", table of technical specifications;
 # AMD, LDS of a workgroup, "Instruction Set Architecture" documents of CDNA 3 and 4.
 SHARED_MEMORY = {
-    70: 96 * _KIB, 75: 64 * _KIB, 80: 163 * _KIB, 86: 99 * _KIB, 87: 163 * _KIB, 89: 99 * _KIB, 90: 227 * _KIB,
+    80: 163 * _KIB, 86: 99 * _KIB, 87: 163 * _KIB, 89: 99 * _KIB, 90: 227 * _KIB,
     100: 227 * _KIB, 103: 227 * _KIB, 120: 99 * _KIB, 121: 99 * _KIB,
     "gfx90a": 64 * _KIB, "gfx942": 64 * _KIB, "gfx950": 160 * _KIB,
 }  # fmt: skip
@@ -29,8 +29,8 @@ class Target(NamedTuple):
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on tensors of any device."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether Triton's kernels run in its interpreter, on tensors of any device. Decided when Triton is imported."""
+    return not isinstance(triton.language.sum, triton.JITFunction)
 
 
 def current() -> Target:

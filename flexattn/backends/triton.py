@@ -17,6 +17,7 @@ from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
 from ..config import KernelConfig, Pass, Pinned, Product, fitted, pinned
+from ..kernel_options import options_of
 from ..layout import empty_like_strides
 from ..problem import Problem
 from ..templates.arguments import Lists, Matrix, Shape
@@ -147,6 +148,7 @@ def _call(
     options: Mapping[str, Any],
 ) -> Call:  # fmt: skip
     """What the three attention kernels have in common."""
+    options = options_of(options, forward=which == "forward")
     query, key = problem.query, problem.key
     B, H, L, D = query.shape
     S, DV = key.shape[2], problem.value.shape[-1]
@@ -276,8 +278,10 @@ def _precision(query: Tensor) -> str:
     """How products are computed, as `templates.product` names it. For float32, torch's own setting."""
     if interpreted() and query.dtype is torch.bfloat16:
         return "raised"
-    if query.dtype is not torch.float32 or query.device.type != "cuda" or torch.version.hip is not None:
+    if query.dtype is not torch.float32 or interpreted() or torch.version.hip is not None:
         return "ieee"
+    if query.device.type == "cpu" and triton.runtime.driver.active.get_current_target().backend == "hip":
+        return "ieee"  # only compiled, for a GPU that is named
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 

@@ -15,7 +15,7 @@ from flexattn.config import (
     least_shared_memory,
     pinned,
 )
-from flexattn.kernel_options import check_kernel_options, options_text, parsed_options
+from flexattn.kernel_options import check_kernel_options, options_of, options_text, parsed_options
 
 TARGETS = [("cuda", 75), ("cuda", 80), ("cuda", 89), ("cuda", 90), ("cuda", 100), ("cuda", 120), ("hip", "gfx942")]
 
@@ -52,9 +52,10 @@ def test_what_is_pinned_is_the_same_in_the_whole_chain() -> None:
 
 def test_options_belong_to_a_pass_and_a_prefixed_one_goes_first() -> None:
     options = {"BLOCK_M": 64, "BLOCK_M1": 32, "BLOCK_N2": 16, "num_warps": 4, "bwd_num_warps": 8, "fwd_num_stages": 3}
-    assert pinned("forward", options) == Pinned(64, None, 4, 3)
-    assert pinned("dkdv", options) == Pinned(32, None, 8, None)
-    assert pinned("dq", options) == Pinned(None, 16, 8, None)
+    forward, backward = options_of(options, forward=True), options_of(options, forward=False)
+    assert pinned("forward", forward) == Pinned(64, None, 4, 3)
+    assert pinned("dkdv", backward) == Pinned(32, None, 8, None)
+    assert pinned("dq", backward) == Pinned(None, 16, 8, None)
 
 
 def test_families() -> None:
@@ -86,9 +87,12 @@ def test_options_survive_the_text_that_operators_take() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"BLOCK_M": 48}, "'BLOCK_M' is 48; it must be a power of two, at least 16"),
-        ({"BLOCK_N": 8}, "'BLOCK_N' is 8; it must be a power of two, at least 16"),
+        ({"BLOCK_M": 48}, "'BLOCK_M' is 48; it must be a power of two from 16 to 512"),
+        ({"BLOCK_N": 8}, "'BLOCK_N' is 8; it must be a power of two from 16 to 512"),
         ({"fwd_num_warps": 64}, "'fwd_num_warps' is 64; it must be a power of two, at most 32"),
+        ({"BLOCK_M": 1024}, "'BLOCK_M' is 1024; it must be a power of two from 16 to 512"),
+        ({"bwd_BLOCK_M": 64}, "'bwd_BLOCK_M' has no meaning: BLOCK_M and BLOCK_N are tiles of the forward"),
+        ({"fwd_BLOCK_N2": 64}, "'fwd_BLOCK_N2' has no meaning"),
         ({"num_stages": True}, "'num_stages' is True; it must be a positive integer"),
         ({"BACKEND": "FLASH"}, "'BACKEND' is 'FLASH'; it must be \"AUTO\" or \"TRITON\""),
     ],

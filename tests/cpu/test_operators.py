@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -150,3 +151,43 @@ def test_explain_prints_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
     cap = flexattn.explain(flexattn.mods.softcap(30.0), quiet=True)
     assert cap.formula == "score' = tanh(score / 30) * 30"
+
+
+def test_forward_mode_is_refused_where_it_would_give_no_tangent() -> None:
+    q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
+    slope = torch.tensor(0.5)
+
+    def of_query(x: Any) -> Any:
+        return flex_attention(x, k, v)
+
+    def of_slope(x: Any) -> Any:
+        return flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx: score * x)
+
+    for function, at in ((of_query, q), (of_slope, slope)):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"), forward_ad.dual_level():
+            function(forward_ad.make_dual(at, torch.ones_like(at)))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (at,), (torch.ones_like(at),))
+
+
+def test_explain_refuses_what_no_kernel_has() -> None:
+    for wrong, complaint in (
+        ({"dtype": torch.int32}, "dtype is torch.int32; use one of torch.float16"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; use one of"),
+        ({"head_dim": 0}, "head_dim is 0; it must be a positive integer"),
+        ({"target": 90}, "target is a int; name a GPU"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=complaint):
+            flexattn.explain(None, masks.causal_mask, quiet=True, **wrong)
+    report = flexattn.explain(None, masks.causal_mask, quiet=True, head_dim=300, dtype=torch.bfloat16, target="sm_90")
+    assert report.kernels == "none: a head dimension over 256 is computed by torch operators"
+
+
+def test_a_derivative_through_a_shared_index_is_printed_whole() -> None:
+    table = torch.zeros(2, 32)
+    report = flexattn.explain(
+        lambda score, b, h, q_idx, kv_idx: score + table[h, (q_idx - kv_idx).clamp(0, 31)] * 2, quiet=True
+    )
+    assert "d table[h, where(31 < x2, 31, x2)] = grad * 2" in report.derivative
+    whole = flexattn.explain(lambda score, b, h, q_idx, kv_idx: score + table[h, (score * 1.5).long()], quiet=True)
+    assert "table[h, trunc(score * 1.5)]" in whole.formula

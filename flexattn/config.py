@@ -44,15 +44,15 @@ _C = KernelConfig
 # By (pass, family, kind of product), then by the padded head dimension up to which a row serves.
 # Starting points: the heuristics of PyTorch's flex_attention for the same GPUs, corrected by what compiles without spills.
 RECOMMENDED: dict[tuple[Pass, str, Product], dict[int, KernelConfig]] = {
-    ("forward", "hopper", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 64, 8, 2)},
+    ("forward", "hopper", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 32, 8, 2)},
     ("forward", "datacenter", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(64, 64, 4, 2)},
     ("forward", "consumer", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 32, 4, 3), 256: _C(64, 32, 4, 2)},
     ("forward", "amd", "half"): {64: _C(128, 64, 4, 1), 128: _C(128, 64, 4, 1), 256: _C(64, 32, 4, 1)},
-    ("dq", "hopper", "half"): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 2), 256: _C(64, 64, 8, 2)},
+    ("dq", "hopper", "half"): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 2), 256: _C(64, 32, 8, 2)},
     ("dq", "datacenter", "half"): {64: _C(128, 64, 8, 3), 128: _C(64, 64, 4, 2), 256: _C(64, 32, 4, 1)},
     ("dq", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 1)},
     ("dq", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(64, 32, 4, 1), 256: _C(32, 32, 4, 1)},
-    ("dkdv", "hopper", "half"): {64: _C(32, 128, 8, 2), 128: _C(32, 128, 8, 2), 256: _C(32, 64, 8, 2)},
+    ("dkdv", "hopper", "half"): {64: _C(32, 128, 8, 2), 128: _C(32, 128, 8, 2), 256: _C(16, 64, 8, 2)},
     ("dkdv", "datacenter", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
     ("dkdv", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},

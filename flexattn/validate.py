@@ -151,7 +151,7 @@ def triton_refusal(query: Tensor, value: Tensor) -> str:
         return f"needs Triton, which does not exist for {sys.platform}"
     if query.device.type == "cpu":
         if not _interpreted():
-            return "runs on GPUs; on a CPU it needs Triton's interpreter: start Python with TRITON_INTERPRET=1 in the environment"
+            return "runs on GPUs; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
         if importlib.util.find_spec("numpy") is None:
             return "runs on a CPU in Triton's interpreter, which needs numpy: pip install numpy"
     elif query.device.type != "cuda":

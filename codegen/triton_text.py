@@ -137,11 +137,16 @@ def never_negative(node: Node) -> bool:
         case Op.SHR:
             return never_negative(node.lhs)
         case Op.WHERE:
-            return never_negative(node.args[1]) and never_negative(node.args[2])
+            condition, chosen, other = node.args
+            # x.clamp(min=c) is where(x < c, c, x)
+            clamped = condition.op is Op.LT and condition.lhs is other and never_negative(condition.rhs)
+            return never_negative(chosen) and (clamped or never_negative(other))
         case Op.CAST:
             source = node.lhs.dtype
-            widens = not source.is_float and (source is DType.BOOL or BITS[node.dtype] >= BITS[source])
-            return node.dtype.is_int and widens and never_negative(node.lhs)
+            if source.is_float or not node.dtype.is_int:
+                return False
+            needed = {DType.BOOL: 1, DType.UINT8: 9}.get(source) or BITS[source]  # with a bit for the sign
+            return BITS[node.dtype] >= needed and never_negative(node.lhs)
     return False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -11,6 +13,7 @@ from strategies import Mod, Shape, mask_mods, score_mods, shapes
 
 import flexattn
 from flexattn import AuxRequest, BlockMask, create_block_mask, flex_attention
+from flexattn.backends.kernel_lists import contiguous
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 24, 64, 72, 80, 96, 128, 192, 256]
@@ -91,6 +94,13 @@ def test_any_scale(scale: float) -> None:
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_keys_that_batch_entries_and_heads_share() -> None:
+    per_batch = Mod("b, h, q_idx, kv_idx", "(kv_idx < 20 + 9 * b)")
+    assert_backend_equals_reference(
+        "triton", None, per_batch, Shape(2, 2, 2, 40, 50, 16, 16, (16, 16), True), torch.float32, 5
+    )
+
+
 def test_inputs_of_any_strides() -> None:
     g = torch.Generator().manual_seed(0)
     base = torch.randn(2, 50, 3, 4, 24, generator=g)  # [B, L, 3, H, D], as a fused projection gives it
@@ -153,6 +163,37 @@ def test_nan_and_infinity_reach_the_rows_that_read_them_and_no_other() -> None:
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_scores_that_are_infinite_are_the_largest() -> None:
+    q, k, v = torch.zeros(1, 1, 20, 16), torch.ones(1, 1, 20, 16), torch.randn(1, 1, 20, 16)
+    q[0, 0, 3], q[0, 0, 4] = float("inf"), -float("inf")
+    aux = AuxRequest(lse=True, max_scores=True)
+    ours, exact = (flex_attention(q, k, v, backend=b, return_aux=aux) for b in ("triton", "reference"))
+    assert exact[1].max_scores is not None and exact[1].max_scores[0, 0, 3] == float("inf")
+    for found, wanted in zip((ours[0], *ours[1]), (exact[0], *exact[1]), strict=True):
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_derivatives_that_are_nan_where_nothing_is_attended_to_never_leak(block: int) -> None:
+    """Beyond the mask, and beyond the last query and the last key, where a tile computes all the same."""
+    L, S = 21, 27
+    leaves = [torch.randn(1, 2, n, 16, requires_grad=True) for n in (L, S, S)]
+    gain, bias = torch.rand(2, requires_grad=True), torch.rand(L, requires_grad=True)
+
+    def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        rest = torch.sqrt(L - q_idx) * torch.sqrt(S - kv_idx) / 25
+        return score * torch.sqrt(q_idx - kv_idx + 1) + gain[h] * rest + bias[q_idx] * rest
+
+    causal = create_block_mask(flexattn.masks.causal_mask, None, None, L, S, BLOCK_SIZE=block)
+    results = []
+    for backend in ("triton", "reference"):
+        out = flex_attention(*leaves, mod, causal, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, gain, bias])])
+    for ours, exact in zip(*results, strict=True):
+        assert bool(exact.isfinite().all())
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_lists_are_followed_where_the_mask_function_says_otherwise() -> None:
     """A full block is not masked, a block that is not listed not attended, and lists need not be sorted."""
     count = torch.tensor([[[1, 2, 0]]], dtype=torch.int32)
@@ -189,9 +230,13 @@ def test_lists_that_are_written_to_are_read_anew() -> None:
 
 def test_options_never_change_a_result_beyond_rounding() -> None:
     q, k, v = (torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3))
-    banded = create_block_mask(lambda b, h, q, k: (q - k).abs() < 20, None, None, 70, 70, BLOCK_SIZE=16)
+    # Lists of adjacent blocks, partial ones and full ones that do not begin at the first block; and others.
+    partial = create_block_mask(lambda b, h, q, k: (q - k).abs() < 12, None, None, 70, 70, BLOCK_SIZE=16)
+    full = create_block_mask(lambda b, h, q, k: (q // 16 - k // 16).abs() < 2, None, None, 70, 70, BLOCK_SIZE=16)
     gapped = create_block_mask(lambda b, h, q, k: (k < 5) | (q - k).abs() < 20, None, None, 70, 70, BLOCK_SIZE=16)
-    for mask in (banded, gapped):
+    for mask, adjacent in ((partial, True), (full, True), (gapped, False)):
+        lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+        assert [contiguous(lists, 5, by_key) for by_key in (False, True)] == [adjacent] * 2
         exact = flex_attention(q, k, v, block_mask=mask, backend="reference")
         wanted = torch.autograd.grad(exact.square().sum(), [q, k, v])
         for chosen in ({"BLOCKS_ARE_CONTIGUOUS": True}, {"BLOCK_M": 16, "BLOCK_N": 64}, {"PRESCALE_QK": True}):

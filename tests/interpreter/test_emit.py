@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_same
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from kernels import apply_captured_grads, apply_gradient, apply_mask_mod, apply_score_mod
-from strategies import FLOATING, Mod, environment, mask_mods, score_mods
+from strategies import FLOATING, Mod, environment, integers, mask_mods, score_mods
 from torch import Tensor
 
 from flexattn.backends.triton import captured_arguments, gradient_arguments
 from flexattn.codegen.emit import functions
 from flexattn.codegen.evaluate import EVALUATE, TORCH_DTYPE, Inputs, evaluate, wrap_index
-from flexattn.codegen.ir import DType, Kind, Node, Op, const, input_node
+from flexattn.codegen.ir import DType, Kind, Node, Op, const, input_node, walk
 from flexattn.codegen.jit import jitted
 from flexattn.codegen.pipeline import Variant, variant
 from flexattn.codegen.spec import SIGNATURES, apply, load
 from flexattn.codegen.trace import trace
-from flexattn.codegen.triton_text import SPELLING
+from flexattn.codegen.triton_text import SPELLING, never_negative
 
 B, H, L, S, TILE = 1, 3, 13, 19, 32
 
@@ -235,3 +235,54 @@ def test_an_index_out_of_range_reads_the_nearest_element_and_an_empty_tensor_rea
     apply_score_mod[(1,)](out, torch.randn(L, S), 0, 0, packed, L, S, jitted(functions(v)).score_mod, TILE, TILE)
     (want,) = evaluate([v.score], inputs_of(v, captured, score=torch.zeros(L, S)))
     assert torch.equal(out, want.expand(L, S))
+
+
+# ---- what is known not to be negative takes a shorter path
+
+
+def program_of(body: str) -> tuple[Variant, list[Tensor]]:
+    env = environment()
+    program, captured, _ = trace(None, lambda b, h, q_idx, kv_idx: eval(body, env | locals()) > 1)
+    return variant(program), captured
+
+
+@settings(max_examples=200)
+@given(body=integers(3))
+@example("torch.where(q_idx > 3, kv_idx, kv_idx - 9)")
+@example("torch.where(q_idx > 3, kv_idx - 9, kv_idx)")
+@example("torch.minimum(kv_idx - 9, q_idx)")
+@example("torch.minimum(q_idx, kv_idx - 9)")
+@example("torch.maximum(-q_idx - 2, -kv_idx - 1)")
+@example("(kv_idx - 9) // 2")
+@example("(q_idx + 1) // (-kv_idx - 1)")
+@example("(q_idx + 1) % (-kv_idx - 2)")
+@example("(kv_idx - 9) >> 1")
+@example("(kv_idx - 9) & (q_idx - 15)")
+@example("(kv_idx - 9) << 1")
+@example("q_idx ^ (-kv_idx - 1)")
+def test_what_is_called_never_negative_is_not(body: str) -> None:
+    v, captured = program_of(body)
+    if v.mask is None:
+        return
+    nodes = [n for n in walk(v.mask) if n.dtype.is_int and never_negative(n)]
+    for node, value in zip(nodes, evaluate(nodes, inputs_of(v, captured)), strict=True):
+        assert bool((value >= 0).all()), node
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["q_idx // (kv_idx + 0)", "kv_idx % (q_idx + 0)", "(q_idx - 9).clamp(min=0)", "torch.minimum(q_idx, kv_idx)",
+     "(q_idx - kv_idx) % 4", "(q_idx - kv_idx) & 7", "q_idx >> 1", "torch.where(q_idx > 3, kv_idx, 0)"],
+)  # fmt: skip
+def test_what_is_known_not_to_be_negative(body: str) -> None:
+    v, _ = program_of(body)
+    assert v.mask is not None
+    assert all(never_negative(n) for n in v.mask.args), v.mask
+
+
+def test_an_unsigned_byte_may_be_negative_as_a_signed_one() -> None:
+    byte = torch.tensor([200, 3], dtype=torch.uint8)
+    for dtype, known in ((torch.int8, False), (torch.int16, True), (torch.int64, True)):
+        program, _, _ = trace(None, lambda b, h, q_idx, kv_idx, dtype=dtype: byte[q_idx].to(dtype) > kv_idx)
+        (cast,) = (n for n in walk(variant(program).mask) if n.op is Op.CAST and n.lhs.op is Op.LOAD)
+        assert never_negative(cast) is known

@@ -9,7 +9,7 @@ import torch
 from gpu.cases import DEVICE, Case, Mod, assert_results, assert_right, qkv
 from torch import Tensor
 
-from flexattn import BlockMask, and_masks, create_block_mask, flex_attention, masks
+from flexattn import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention, masks
 
 B, H, LENGTH = 2, 4, 515
 
@@ -113,6 +113,16 @@ def test_nan_in_masked_places_of_a_captured_tensor_does_not_leak() -> None:
     grads = torch.autograd.grad(out.float().square().sum(), [*leaves, bias])
     assert all(t.isfinite().all() for t in (out, *grads))
     assert not grads[3][~lower].any() and grads[3][lower].any()
+
+
+def test_nan_and_infinity_reach_the_rows_that_read_them_and_no_other() -> None:
+    q, k, v = (t.float() for t in qkv(1, 2, L=LENGTH))
+    q[0, 0, 5], q[0, 0, 7, 0], q[0, 1, 9, 3] = math.nan, math.inf, -math.inf
+    mask = create_block_mask(masks.causal_mask, None, None, LENGTH, LENGTH, DEVICE)
+    aux = AuxRequest(lse=True, max_scores=True)
+    results = [flex_attention(q, k, v, block_mask=mask, backend=b, return_aux=aux) for b in ("triton", "reference")]
+    for ours, exact in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_keys_of_blocks_that_are_not_listed_are_never_read() -> None:

@@ -229,17 +229,18 @@ def test_lists_that_are_written_to_are_read_anew() -> None:
 
 
 def test_options_never_change_a_result_beyond_rounding() -> None:
-    q, k, v = (torch.randn(1, 2, 70, 16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 150, 16, requires_grad=True) for _ in range(3))
     # Lists of adjacent blocks, partial ones and full ones that do not begin at the first block; and others.
-    partial = create_block_mask(lambda b, h, q, k: (q - k).abs() < 12, None, None, 70, 70, BLOCK_SIZE=16)
-    full = create_block_mask(lambda b, h, q, k: (q // 16 - k // 16).abs() < 2, None, None, 70, 70, BLOCK_SIZE=16)
-    gapped = create_block_mask(lambda b, h, q, k: (k < 5) | (q - k).abs() < 20, None, None, 70, 70, BLOCK_SIZE=16)
-    for mask, adjacent in ((partial, True), (full, True), (gapped, False)):
+    partial = create_block_mask(lambda b, h, q, k: (q - k).abs() < 24, None, None, 150, 150, BLOCK_SIZE=32)
+    full = create_block_mask(lambda b, h, q, k: (q // 32 - k // 32).abs() < 2, None, None, 150, 150, BLOCK_SIZE=32)
+    gapped = create_block_mask(lambda b, h, q, k: (k < 5) | (q - k).abs() < 40, None, None, 150, 150, BLOCK_SIZE=32)
+    adjacent, small = {"BLOCKS_ARE_CONTIGUOUS": True}, {f"BLOCK_{x}{i}": 16 for x in "MN" for i in ("", 1, 2)}
+    for mask, is_so in ((partial, True), (full, True), (gapped, False)):
         lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
-        assert [contiguous(lists, 5, by_key) for by_key in (False, True)] == [adjacent] * 2
+        assert [contiguous(lists, 5, by_key) for by_key in (False, True)] == [is_so] * 2
         exact = flex_attention(q, k, v, block_mask=mask, backend="reference")
         wanted = torch.autograd.grad(exact.square().sum(), [q, k, v])
-        for chosen in ({"BLOCKS_ARE_CONTIGUOUS": True}, {"BLOCK_M": 16, "BLOCK_N": 64}, {"PRESCALE_QK": True}):
+        for chosen in (adjacent, adjacent | small, {"BLOCK_M": 16, "BLOCK_N": 64}, {"PRESCALE_QK": True}):
             out = flex_attention(q, k, v, block_mask=mask, kernel_options=chosen, backend="triton")
             torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
             for ours, grad in zip(torch.autograd.grad(out.square().sum(), [q, k, v]), wanted, strict=True):

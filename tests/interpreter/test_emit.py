@@ -79,6 +79,7 @@ def test_law_6_an_emitted_mask_mod_equals_evaluate(mask: Mod) -> None:
 
 @settings(max_examples=40)
 @given(mod=score_mods())
+@example(Mod("score, b, h, q_idx, kv_idx", "score + row[h, (score > 0) + 0 * h]"))  # an index of every element's own
 def test_law_6_emitted_captured_gradients_equal_a_scatter_of_evaluate(mod: Mod) -> None:
     env = environment()
     program, captured, _ = trace(mod.bind(env), None)
@@ -280,9 +281,12 @@ def test_what_is_known_not_to_be_negative(body: str) -> None:
     assert all(never_negative(n) for n in v.mask.args), v.mask
 
 
-def test_an_unsigned_byte_may_be_negative_as_a_signed_one() -> None:
-    byte = torch.tensor([200, 3], dtype=torch.uint8)
-    for dtype, known in ((torch.int8, False), (torch.int16, True), (torch.int64, True)):
-        program, _, _ = trace(None, lambda b, h, q_idx, kv_idx, dtype=dtype: byte[q_idx].to(dtype) > kv_idx)
-        (cast,) = (n for n in walk(variant(program).mask) if n.op is Op.CAST and n.lhs.op is Op.LOAD)
-        assert never_negative(cast) is known
+@pytest.mark.parametrize(
+    ("source", "dtype", "known"),
+    [(DType.UINT8, DType.INT8, False), (DType.UINT8, DType.INT16, True), (DType.INT64, DType.INT32, False),
+     (DType.INT32, DType.INT64, True), (DType.BOOL, DType.INT8, True), (DType.INT8, DType.UINT8, True)],
+)  # fmt: skip
+def test_a_cast_that_drops_the_highest_bit_may_be_negative(source: DType, dtype: DType, known: bool) -> None:
+    read = load(Node(Op.CAPTURED, (), source, Kind.ELEMENT, (0, 1)), input_node("q_idx", DType.INT32))
+    positive = read if source in (DType.UINT8, DType.BOOL) else apply(Op.AND, read, const(127, source))
+    assert never_negative(Node(Op.CAST, (positive,), dtype, Kind.ELEMENT)) is known

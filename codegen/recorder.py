@@ -22,7 +22,7 @@ from .errors import TraceError
 from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
 from .promotion import cast, current_default_float
-from .refusals import random_number, unsupported, write
+from .refusals import random_number, unsupported, value_read, write
 from .spec import load
 from .spellings import RANDOM, canonical
 from .values import Value, View, fold, known, number_of, pick
@@ -70,6 +70,9 @@ class Placeholder(Tensor):
 
     def __format__(self, spec: str) -> str:
         return repr(self)
+
+    def __hash__(self) -> int:  # by identity it would be in no dictionary and no set, in silence
+        raise value_read("__hash__")
 
     @classmethod
     def __torch_function__(
@@ -135,11 +138,7 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _VALUE_READS:
-            raise TraceError(
-                f"reads the value of a traced tensor with `{name}`",
-                "A score or an index has no value while a mod is traced: the kernel evaluates a whole tile at once.",
-                "torch functions of the tensor itself, torch.where for choices",
-            )
+            raise value_read(name)
         if name in RANDOM:
             raise random_number(name)
         if name == "__setitem__":

@@ -27,3 +27,28 @@ def write(name: str) -> TraceError:
         "The kernel runs for all elements at once and in no order, so a write has no defined result.",
         "a new value: x = t[h] + 1, and updates outside the mod",
     )
+
+
+def value_read(name: str) -> TraceError:
+    """`name` asks a traced tensor for its value: `item`, `__index__` of a list's index, `__hash__` of a dictionary's key."""
+    what, instead = {
+        "__index__": (
+            "uses a traced index where Python needs a number (in a list or a range)",
+            "a tensor made outside the mod: values = torch.tensor([...]), and values[h] in it",
+        ),
+        "__hash__": (
+            "looks up a traced value in a dictionary or a set",
+            "a tensor made outside the mod: values = torch.tensor([...]), and values[h] in it; for a set (x == 1) | (x == 4)",
+        ),
+    }.get(
+        name,
+        (
+            f"reads the value of a traced tensor with `{name}`",
+            "torch functions of the tensor itself, torch.where for choices",
+        ),
+    )
+    return TraceError(
+        what,
+        "A score or an index has no value while a mod is traced: the kernel evaluates a whole tile at once.",
+        instead,
+    )

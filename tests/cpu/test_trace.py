@@ -247,6 +247,10 @@ def test_an_error_in_a_helper_names_the_helpers_line() -> None:
             "torch.where",
         ),
         (lambda s, b, h, q, k: s * float(q), "score_mod", "reads the value of a traced tensor", "torch functions"),
+        (lambda s, b, h, q, k: s + [1.0, 2.0][h], "score_mod", "where Python needs a number", "values[h]"),
+        (lambda s, b, h, q, k: s + {0: 1.0}[h], "score_mod", "in a dictionary or a set", "values[h]"),
+        (lambda s, b, h, q, k: s + {0: 1.0}.get(h, 2.0), "score_mod", "in a dictionary or a set", "values[h]"),
+        (lambda b, h, q, k: k in {1, 4}, "mask_mod", "in a dictionary or a set", "(x == 1) | (x == 4)"),
         (lambda s, b, h, q, k: s + torch.rand(()), "score_mod", "draws random numbers with `rand`", "noise["),
         (lambda s, b, h, q, k: s + torch.rand_like(s), "score_mod", "rand_like", "noise["),
         (

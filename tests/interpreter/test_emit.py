@@ -290,3 +290,16 @@ def test_a_cast_that_drops_the_highest_bit_may_be_negative(source: DType, dtype:
     read = load(Node(Op.CAPTURED, (), source, Kind.ELEMENT, (0, 1)), input_node("q_idx", DType.INT32))
     positive = read if source in (DType.UINT8, DType.BOOL) else apply(Op.AND, read, const(127, source))
     assert never_negative(Node(Op.CAST, (positive,), dtype, Kind.ELEMENT)) is known
+
+
+def test_a_shift_by_all_bits_is_not_the_machine_s() -> None:
+    """PTX and LLVM disagree on what that gives; torch gives zero, or the sign."""
+    for body, by_device in (
+        ("(q_idx << 31)", False),
+        ("(q_idx << 32)", True),
+        ("(kv_idx >> 31)", False),
+        ("(kv_idx >> 32)", True),
+    ):
+        v, _ = program_of(f"{body} - b - 2")
+        source = functions(v).mask_mod.source
+        assert ("device.shift" in source) is by_device, source

@@ -12,7 +12,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HALF_PI = tl.constexpr(1.5707963267948966)
 QUARTER_PI = tl.constexpr(0.7853981633974483)
-ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bit of a float32 below one
+ROUNDING = tl.constexpr(8388608.0)  # 2**23: float32 has no fractions from here on
 
 
 @triton.jit
@@ -53,27 +53,34 @@ def truncate(x):
 def fmod(x, y):
     """Remainder of floats with the sign of the dividend; in float64, where the quotient of two float32 is not rounded up."""
     wide, by = x.to(tl.float64), y.to(tl.float64)
-    return (wide - truncate(wide / by) * by).to(x.dtype)
+    finite = wide - truncate(wide / by) * by
+    return tl.where(tl.abs(by) == float("inf"), wide + (wide - wide), finite).to(x.dtype)
 
 
 @triton.jit
 def float_remainder(x, y):
     """Remainder of floats with the sign of the divisor, as `fmod`."""
     wide, by = x.to(tl.float64), y.to(tl.float64)
-    return (wide - tl.floor(wide / by) * by).to(x.dtype)
+    finite = wide - tl.floor(wide / by) * by
+    infinite = tl.where((wide != 0) & ((wide < 0) != (by < 0)), by, wide) + (wide - wide)
+    return tl.where(tl.abs(by) == float("inf"), infinite, finite).to(x.dtype)
 
 
 @triton.jit
 def float_floor_divide(x, y):
     """Quotient of floats, rounded down, as `fmod`."""
-    return tl.floor(x.to(tl.float64) / y.to(tl.float64)).to(x.dtype)
+    wide, by = x.to(tl.float64), y.to(tl.float64)
+    quotient = tl.floor(wide / by)
+    below = (tl.abs(by) == float("inf")) & (wide != 0) & ((wide < 0) != (by < 0))  # a quotient of -0, rounded down
+    return tl.where(below & (quotient == 0), -1.0, quotient).to(x.dtype)
 
 
 @triton.jit
 def round_even(x):
     """The nearest integer, ties to even."""
-    small = tl.abs(x) < 4194304.0
-    return tl.where(small, (x + ROUNDING) - ROUNDING, x)
+    magnitude = tl.abs(x)
+    rounded = (magnitude + ROUNDING) - ROUNDING
+    return tl.where(magnitude < ROUNDING, tl.where(x < 0, -rounded, rounded), x)
 
 
 @triton.jit
@@ -144,7 +151,7 @@ def atan(x):
 @triton.jit
 def power(x, y):
     """x ** y for floats, with torch's values at zero and for negative bases."""
-    magnitude = tl.exp2(y * tl.log2(tl.abs(x)))
+    magnitude = tl.where((tl.abs(x) == 1) & (y == y), 1.0, tl.exp2(y * tl.log2(tl.abs(x))))
     whole = tl.floor(y) == y
     odd = whole & (tl.floor(y * 0.5) * 2 != y)
     signed = tl.where(odd & (x < 0), -magnitude, magnitude)

@@ -116,6 +116,7 @@ def test_law_6_emitted_captured_gradients_equal_a_scatter_of_evaluate(mod: Mod) 
 
 INTEGERS = [-130, -9, -8, -7, -3, -2, -1, 0, 1, 2, 3, 5, 7, 8, 31, 120]
 FLOATS = [-1e4, -88.0, -7.5, -2.5, -1.0, -0.5, -1e-3, -1e-9, 0.0, 1e-9, 1e-3, 0.3, 0.5, 1.0, 1.5, 2.5, 3.7, 40.0, 3e4]
+FLOATS += [4194304.5, 4194305.0, 8388607.5, 8388609.0, -8388609.0, -4194305.5, 3e8]
 SPECIAL = [float("nan"), float("inf"), -float("inf")]
 DOMAIN = {
     Op.EXP: 80.0, Op.EXP2: 100.0, Op.EXPM1: 80.0, Op.SIN: 100.0, Op.COS: 100.0,
@@ -123,6 +124,7 @@ DOMAIN = {
 NONZERO = frozenset((Op.FLOORDIV, Op.TRUNCDIV, Op.MOD, Op.FMOD, Op.DIV))
 SHIFTS = frozenset((Op.SHL, Op.SHR))
 ROUNDED_FIRST = frozenset((Op.FLOORDIV, Op.TRUNCDIV))  # torch rounds the quotient of 16-bit floats before it truncates
+EXACT = frozenset((Op.ROUND, Op.FLOOR, Op.CEIL, Op.TRUNC, Op.ABS, Op.NEG, Op.SIGN, Op.MAXIMUM, Op.MINIMUM))
 TYPES = {"b": [DType.BOOL], "i": [DType.INT32, DType.INT64, DType.INT8, DType.INT16], "f": [DType.FLOAT32]}
 CASES = [
     (op, dtype)
@@ -147,9 +149,9 @@ def values_of(op: Op, dtype: DType, second: bool) -> Tensor:
         return torch.tensor(values, dtype=TORCH_DTYPE[dtype])
     values = [v for v in FLOATS if abs(v) <= DOMAIN.get(op, 1e9)]
     if op in NONZERO and second:
-        values = [v for v in values if abs(v) > 1e-2]
+        values = [*(v for v in values if abs(v) > 1e-2), *SPECIAL]
     if op is Op.POW:
-        values = [-3.0, -1.5, -1.0, 0.0, 0.5, 2.0, 3.0] if second else [-2.0, -1.0, 0.0, 0.5, 1.0, 3.7]
+        values = [-3.0, -1.5, -1.0, 0.0, 0.5, 2.0, 3.0, *SPECIAL] if second else [-2.0, -1.0, 0.0, 0.5, 1.0, 3.7]
     if op in (Op.MAXIMUM, Op.MINIMUM, Op.LT, Op.LE, Op.EQ, Op.NE, Op.ABS, Op.NEG, Op.EXP, Op.TANH, Op.SIGMOID):
         values = values + SPECIAL
     return torch.tensor(values, dtype=TORCH_DTYPE[dtype])
@@ -178,7 +180,9 @@ def test_every_operation_computes_what_torch_computes(op: Op, dtype: DType) -> N
         out, torch.zeros(rows, columns), 0, 0, arguments_of(v, captured), rows, columns, made, TILE, TILE
     )
     want = want.expand(rows, columns)
-    if dtype in (DType.BFLOAT16, DType.FLOAT16):  # one rounding, to nearest or (in the interpreter) towards zero
+    if dtype.is_int or op in EXACT:
+        torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+    elif dtype in (DType.BFLOAT16, DType.FLOAT16):  # one rounding, to nearest or (in the interpreter) towards zero
         torch.testing.assert_close(out, want, rtol=2**-7, atol=1e-6, equal_nan=True)
     else:
         torch.testing.assert_close(out, want, rtol=4e-6, atol=1e-12 if op is not Op.COS else 1e-6, equal_nan=True)

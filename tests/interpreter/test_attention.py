@@ -119,15 +119,29 @@ def test_inputs_of_any_strides() -> None:
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_tiles_whose_offsets_need_64_bits() -> None:
-    """Columns 2**25 elements apart: 64 of them reach beyond 2**31."""
-    apart, D, S = 1 << 25, 65, 3
-    memory = torch.zeros(apart * (D - 1) + S, dtype=torch.float16)  # untouched pages of it are never in memory
-    k = memory.as_strided((1, 1, S, D), (0, 0, 1, apart))
-    k.copy_(torch.randn(1, 1, S, D))
-    q, v = torch.randn(1, 1, 4, D, dtype=torch.float16), torch.randn(1, 1, S, D, dtype=torch.float16)
-    ours, exact = (flex_attention(q, k, v, backend=b) for b in ("triton", "reference"))
-    torch.testing.assert_close(ours, exact, rtol=2e-3, atol=2e-3)
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((1, 1, 3, 65), (0, 0, 1, 1 << 25)), ((1, 1, 18, 16), (0, 0, 1 << 27, 1)),
+     ((1, 1, 2100, 16), (0, 0, 1 << 20, 1)), ((1, 3, 4, 16), (0, 1 << 30, 16, 1)),
+     ((3, 1, 4, 16), (1 << 30, 0, 16, 1))],
+    ids=["columns", "rows", "tiles", "heads", "batch"],
+)  # fmt: skip
+def test_offsets_that_need_64_bits(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """Keys far apart along one axis: the last of them is beyond 2**31 elements."""
+    B, H, S, D = shape
+    reach = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    assert reach >= 1 << 31
+    memory = torch.empty(reach + 1, dtype=torch.float16)  # pages that are not touched are not in memory
+    k = memory.as_strided(shape, stride)
+    k.copy_(torch.randn(shape))
+    q, v = torch.randn(B, H, 4, D, dtype=torch.float16), torch.randn(shape, dtype=torch.float16)
+    results = []
+    for backend in ("triton", "reference"):
+        leaf = q.detach().requires_grad_()
+        out = flex_attention(leaf, k, v, backend=backend)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaf)))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=3e-3, atol=3e-3)
 
 
 def test_auxiliary_outputs_and_rows_that_attend_to_nothing() -> None:

@@ -128,7 +128,7 @@ def test_inputs_of_any_strides() -> None:
 )  # fmt: skip
 def test_offsets_that_need_64_bits(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
     """Keys far apart along one axis: the last of them is beyond 2**31 elements."""
-    B, H, S, D = shape
+    B, H, _, D = shape
     reach = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     assert reach >= 1 << 31
     memory = torch.empty(reach + 1, dtype=torch.float16)  # pages that are not touched are not in memory

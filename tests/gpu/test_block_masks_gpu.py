@@ -125,6 +125,19 @@ def test_nan_and_infinity_reach_the_rows_that_read_them_and_no_other() -> None:
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+def test_nan_passes_through_the_maximum_of_a_mod() -> None:
+    q, k, v = (t.float() for t in qkv(1, 2, L=LENGTH))
+    least = torch.zeros(LENGTH, device=DEVICE)
+    least[5] = math.nan
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return torch.maximum(score, least[q_idx])
+
+    ours, exact = (flex_attention(q, k, v, mod, backend=b) for b in ("triton", "reference"))
+    assert bool(ours[:, :, 5].isnan().all())
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_keys_of_blocks_that_are_not_listed_are_never_read() -> None:
     q, k, v = qkv(1, 2, L=512)
     mask = create_block_mask(masks.causal_mask, None, None, 512, 512, DEVICE)

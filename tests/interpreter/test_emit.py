@@ -224,6 +224,19 @@ def test_a_tensor_with_more_elements_than_32_bits_count_is_indexed_by_64_bits() 
     assert "to(tl.int64)" not in emitted(ALIBI).score_mod.source
 
 
+def test_a_constant_that_float32_does_not_hold_is_infinite() -> None:
+    for value, text in ((1e39, 'float("inf")'), (-1e39, 'float("-inf")'), (3e38, "3e+38")):
+        v = Variant("", const(value, DType.FLOAT32), None, DType.FLOAT32, (), 0, 0)
+        assert text in functions(v).score_mod.source
+
+
+def test_nan_passes_through_maximum_and_minimum_on_every_device() -> None:
+    """The hardware's instructions return the other operand; the interpreter's numpy does not show that."""
+    for name in ("maximum", "minimum"):
+        source = emitted(f"lambda score, b, h, q_idx, kv_idx: torch.{name}(score, slopes[h])").score_mod.source
+        assert f"tl.{name}(" in source and "propagate_nan=tl.PropagateNan.ALL" in source
+
+
 def test_a_constant_score_has_the_shape_of_the_tile() -> None:
     v = Variant("", const(2.5, DType.FLOAT32), None, DType.FLOAT32, (), 0, 0)
     out = torch.zeros(L, S)

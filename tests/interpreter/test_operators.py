@@ -34,15 +34,19 @@ def test_gradients_of_any_strides() -> None:
     arguments = operands(torch.randn(4))
     out, lse, _ = ops.FORWARD(*arguments)
     seeds = [torch.randn(1, 1, 40, 16).expand_as(out), torch.randn(2, 1, 1).expand_as(lse)]
+    poisoned = torch.full((lse.numel() + 128,), float("nan"))  # what lies behind the last row
+    before_nan = poisoned[: lse.numel()].view_as(lse).copy_(lse)
     results = []
     for dout, dlse, rows in (
         (*seeds, lse.mT.contiguous().mT),
+        (*seeds, before_nan),
         (*(s.contiguous() for s in seeds), lse),
     ):
         dq, dk, dv, (dbias,) = ops.BACKWARD(*arguments[:3], out, rows, dout, dlse, *arguments[3:], [0])
         results.append((dq, dk, dv, dbias))
-    for ours, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(ours, wanted)
+    for *ours, wanted in zip(*results, strict=True):
+        for found in ours:
+            torch.testing.assert_close(found, wanted)
 
 
 def test_numbers_that_change_from_call_to_call() -> None:

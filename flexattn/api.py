@@ -206,13 +206,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _choose_backend(backend: str, query: Tensor, value: Tensor) -> str:
     """The backend to use. Raises `ValueError` if the caller chose one that cannot do this."""
+    if backend in ("tiled", "reference"):
+        return backend
+    if backend == "auto" and query.device.type in ("cpu", "meta"):
+        return "tiled"
     lacking = validate.triton_refusal(query, value)
     if backend == "triton" and lacking:
         raise ValueError(f"backend='triton' {lacking}. Use backend='tiled', or leave the choice to backend='auto'")
-    if backend != "auto":
-        return backend
-    if query.device.type in ("cpu", "meta"):
-        return "tiled"
     if lacking and not torch.compiler.is_compiling():
         say_once(
             f"flex_attention runs by torch operators (backend 'tiled'), since the fused kernel {lacking}: memory is "

@@ -41,8 +41,6 @@ _LIBRARY.define(
     " -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices)"
 )
 
-BACKENDS = ("triton", "tiled", "reference")
-
 
 def triton_backend() -> Any:
     """`backends.triton`, imported when it is first used: Triton exists on Linux only and takes a while to import."""

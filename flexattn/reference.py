@@ -31,10 +31,8 @@ def listed_blocks(
     if not block_mask:
         return None, None
     elements = []
-    block_size = (
-        min(block_size[0], max(1, L)),
-        min(block_size[1], max(1, S)),
-    )  # a block may be larger than all there is
+    # A block may be larger than all there is.
+    block_size = (min(block_size[0], max(1, L)), min(block_size[1], max(1, S)))
     for count, index in zip(block_mask[0::2], block_mask[1::2], strict=True):
         blocks = dense(count, index, -(-S // block_size[1]))
         blocks = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)

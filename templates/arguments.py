@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-import triton
-import triton.language as tl
 
 
 class Matrix(NamedTuple):
@@ -60,17 +55,3 @@ class Shape(NamedTuple):
     SCALE_IN_FACTOR: Any
     PRECISION: Any
     OFFSET: Any
-
-    @classmethod
-    def of(cls, **values: Any) -> Any:
-        """The shape with these values: the same object for the same values, which is how a launch finds its kernel fast."""
-        return _shape(tuple(values.items()))
-
-
-@lru_cache(maxsize=4096)
-def _shape(values: tuple[tuple[str, Any], ...]) -> Any:
-    if not isinstance(
-        tl.sum, triton.JITFunction
-    ):  # Triton's interpreter takes the members of a tuple for run-time values
-        return SimpleNamespace(**dict(values))
-    return Shape(**{name: tl.constexpr(value) for name, value in values})

@@ -6,8 +6,9 @@ gives way to the next of its chain. The choice is kept for all later calls of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,15 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     shaped: Callable[[KernelConfig], dict[str, Any]]
     device: torch.device
-    compiler_options: dict[str, Any] = {}  # noqa: RUF012, never written to
+    compiler_options: Mapping[str, Any] = MappingProxyType({})
 
 
 class Chosen(NamedTuple):
-    """A configuration, and where it was compiled what it needs."""
+    """A configuration, what its kernel needs, and the kernel."""
 
     config: KernelConfig
-    resources: Resources | None
-    kernel: Any = None
+    resources: Resources
+    kernel: Any
 
 
 ENOUGH = 6  # configurations compiled in search of one that does not spill, if one that does has been found
@@ -132,9 +133,9 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
             needed.append(getattr(error, "required", 0))
             continue
         found = Chosen(config, resources(kernel), kernel)
-        if best is None or found.resources.spilled < best.resources.spilled:  # type: ignore[union-attr]
+        if best is None or found.resources.spilled < best.resources.spilled:
             best = found
-        if best.resources.spilled == 0:  # type: ignore[union-attr]
+        if best.resources.spilled == 0:
             break
     if best is None:
         names = option_names(call.which)

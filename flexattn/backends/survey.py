@@ -51,7 +51,6 @@ def survey(
         for call in calls(variant, captured, ints, dtype, head_dim, "cuda" if target is None else "cpu"):
             start = time.perf_counter()
             chosen = choose(call, target)
-            assert chosen.resources is not None
             c, shape = chosen.config, call.shaped(chosen.config)["shape"]
             tile = f"BLOCK_M={shape.BLOCK_M.value}, BLOCK_N={shape.BLOCK_N.value}"
             words = f"{tile}, num_warps={c.num_warps}, num_stages={c.num_stages}, {PRODUCTS[call.product]}"

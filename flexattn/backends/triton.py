@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +190,7 @@ def _call(
         elif listed:
             lists = kernel_lists.by_query(problem.block_mask, BLOCK_N, S)
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
-        return {"shape": Shape.of(**constants, **sizes), "lists": lists, "tiles": tiles, "grid": tiles * outer}
+        return {"shape": _shape(**constants, **sizes), "lists": lists, "tiles": tiles, "grid": tiles * outer}
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
@@ -212,6 +213,14 @@ def _call(
 def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
     wide = tuple(i for i, t in enumerate(problem.tensors) if max(_reach(t), t.numel()) > FARTHEST)
     return _functions_of(problem.variant, tuple(wanted), wide)
+
+
+@lru_cache(maxsize=4096)
+def _shape(**values: Any) -> Any:
+    """The same object for the same values, which is how a launch finds its kernel fast."""
+    if interpreted():  # where the members of a tuple are taken for run-time values
+        return SimpleNamespace(**values)
+    return Shape(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 @lru_cache(maxsize=1024)

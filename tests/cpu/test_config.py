@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from flexattn.config import (
     LADDER,
@@ -48,6 +49,37 @@ def test_what_is_pinned_is_the_same_in_the_whole_chain() -> None:
     configs = chain("dq", "cuda", 90, "half", 64, Pinned(BLOCK_N=16, num_warps=2))
     assert {(c.BLOCK_N, c.num_warps) for c in configs} == {(16, 2)}
     assert len({c.BLOCK_M for c in configs}) > 1
+
+
+def test_the_larger_side_of_a_tile_is_the_one_that_a_program_owns() -> None:
+    sizes = {which: {c[:2] for c in chain(which, "cuda", 80, "half", 64)} for which in ("dq", "dkdv")}
+    assert (128, 64) in sizes["dq"] and (64, 128) not in sizes["dq"]
+    assert (64, 128) in sizes["dkdv"] and (128, 64) not in sizes["dkdv"]
+
+
+def test_a_choice_that_later_operands_do_not_fit_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands that are aligned otherwise are another kernel, which may need more shared memory."""
+    OutOfResources = pytest.importorskip("triton.runtime.errors", reason="needs Triton: Linux").OutOfResources
+    from flexattn.backends import launch as module
+
+    large, small = KernelConfig(128, 64, 4, 3), KernelConfig(16, 16, 4, 1)
+    searched, ran = iter([large, small]), []
+
+    def run(call: object, config: KernelConfig) -> None:
+        ran.append(config)
+        if config is large and len(ran) > 1:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    found = lambda *_, **__: module.Chosen(next(searched), module.Resources(0, 0, 0), None)
+    for name, stub in {"interpreted": lambda: False, "current": lambda: None, "_search": found, "run": run}.items():
+        monkeypatch.setattr(module, name, stub)
+    monkeypatch.setattr(module, "_CHOSEN", {})
+    call = module.Call(
+        None, "forward", ("key",), "half", 64, 256, Pinned(), {}, lambda _: {}, torch.device("cpu")
+    )  # fmt: skip
+    for _ in range(3):
+        module.launch(call)
+    assert ran == [large, large, small, small]
 
 
 def test_options_belong_to_a_pass_and_a_prefixed_one_goes_first() -> None:

@@ -3,6 +3,9 @@
 `grad` stands for dL/d(modified score) of one element. The result holds dL/d(score) and, for every load from a captured
 floating-point tensor, that element's contribution to the gradient of the loaded entry. Rules follow torch's formulas,
 also where a function has a kink (ties of `maximum`, `abs` at zero).
+
+Gradients have the score's dtype, or the value's where that is wider: what a 16-bit value receives is rounded once, after
+the sum over all elements, and not element by element.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .ir import Kind, Node, Op, const, input_node, walk
+from .ir import DType, Kind, Node, Op, const, input_node, walk
 from .simplify import simplify
 from .spec import apply
 
@@ -23,7 +26,7 @@ class Derivative(NamedTuple):
     """Gradients of one element; None where the modified score does not depend on the raw score."""
 
     score: Node | None
-    loads: tuple[tuple[Node, Node], ...]  # (LOAD node, gradient of the loaded value)
+    loads: tuple[tuple[Node, Node], ...]  # (LOAD node, gradient of the loaded value, at least as wide as the score)
 
 
 def _mul(a: Node, b: Node) -> Node:
@@ -91,7 +94,7 @@ DERIVATIVES: dict[Op, Rule] = {
     Op.NEG: lambda n, g: (_neg(g),),
     Op.ABS: lambda n, g: (_mul(g, apply(Op.SIGN, n.lhs)),),
     Op.WHERE: lambda n, g: (None, _where(n.args[0], g, _like(0.0, g)), _where(n.args[0], _like(0.0, g), g)),
-    Op.CAST: lambda n, g: (Node(Op.CAST, (g,), n.lhs.dtype, g.kind),),
+    Op.CAST: lambda n, g: (g,),
     Op.EXP: lambda n, g: (_mul(g, n),),
     Op.EXP2: lambda n, g: (_mul(_mul(g, n), _like(math.log(2), g)),),
     Op.EXPM1: lambda n, g: (_mul(g, apply(Op.ADD, n, _like(1.0, n))),),
@@ -122,15 +125,28 @@ def derivative(score: Node) -> Derivative:
         grad = adjoints.get(node)
         if grad is None or not node.dtype.is_float or node.op not in DERIVATIVES:
             continue
-        for arg, partial in zip(node.args, DERIVATIVES[node.op](node, grad), strict=True):
+        for arg, partial in zip(node.args, DERIVATIVES[node.op](_widened(node, grad.dtype), grad), strict=True):
             if partial is None or not arg.dtype.is_float or not _differentiable(arg):
                 continue
+            partial = _cast(partial, arg.dtype if arg.dtype is DType.FLOAT64 else score.dtype)
             adjoints[arg] = apply(Op.ADD, adjoints[arg], partial) if arg in adjoints else partial
     loads = [n for n in walk(score) if n.op is Op.LOAD and n in adjoints]
     roots = ([adjoints[raw]] if raw in adjoints else []) + [adjoints[n] for n in loads]
     simple = simplify(roots)
     to_score = simple.pop(0) if raw in adjoints else None
     return Derivative(to_score, tuple(zip(loads, simple, strict=True)))
+
+
+def _cast(node: Node, dtype: DType) -> Node:
+    return node if node.dtype is dtype or not node.dtype.is_float else Node(Op.CAST, (node,), dtype, node.kind)
+
+
+def _widened(node: Node, dtype: DType) -> Node:
+    """An operation on operands of `dtype`, which is that of its gradient, in the order they have."""
+    args = tuple(_cast(a, dtype) for a in node.args)
+    if node.op is Op.CAST or args == node.args:
+        return node
+    return Node(node.op, args, dtype, node.kind, node.value)
 
 
 def _differentiable(node: Node) -> bool:

@@ -193,6 +193,8 @@ def _load(tensor: Tensor, index: list[Tensor], on_load: Callable[[Tensor], Tenso
         if 0 in tensor.shape:
             shape = torch.broadcast_shapes(*(i.shape for i in wrapped))
             tensor = tensor.sum().expand(shape) if tensor.dtype.is_floating_point else tensor.new_zeros(shape)
+        elif tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()[tuple(wrapped)].to(tensor.dtype)  # whose gradient is summed in float32
         else:
             tensor = tensor[tuple(wrapped)]
     return tensor if on_load is None else on_load(tensor)

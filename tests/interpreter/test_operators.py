@@ -67,3 +67,24 @@ def test_numbers_that_change_from_call_to_call() -> None:
             compiled(q, width, far, gain, "triton"), attention(q, width, far, gain, "reference"), strict=True
         ):
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "tiled"])
+@pytest.mark.parametrize("which", ["slopes", "temperature", "cap"])
+def test_the_gradient_of_a_bfloat16_tensor_is_rounded_once(backend: str, which: str) -> None:
+    """After the sum over all elements: it is the bfloat16 nearest to the exact one."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v, seed = (torch.randn(1, 4, 70, 16, generator=g) for _ in range(4))
+    start = (torch.rand(() if which == "cap" else (4,), generator=g) + 1).bfloat16()
+    grads = []
+    for t, dtype, chosen in ((start, torch.float32, backend), (start.double(), torch.float64, "reference")):
+        leaf = t.detach().requires_grad_()
+        mod = {
+            "slopes": lambda s, b, h, i, j, leaf=leaf: s + leaf[h].to(s.dtype) * (j - i),
+            "temperature": lambda s, b, h, i, j, leaf=leaf: s * leaf[h],
+            "cap": lambda s, b, h, i, j, leaf=leaf: leaf * torch.tanh(s / leaf),
+        }[which]
+        out = flex_attention(*(x.to(dtype) for x in (q, k, v)), mod, mask_mod=masks.causal_mask, backend=chosen)
+        grads += torch.autograd.grad(out, leaf, seed.to(dtype))
+    assert grads[0].dtype is torch.bfloat16
+    assert torch.equal(grads[0], grads[1].bfloat16())

@@ -44,12 +44,17 @@ def locate(error: TraceError, traceback: TracebackType | None, role: str, fallba
 
 def _explain_truth(filename: str, line: int) -> TraceError:
     """Which construct asked a traced tensor for its truth, and what to write in its place."""
-    node = _innermost(filename, line)
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        tree = ast.Module([], [])
+    node = _innermost(tree, line)
     match node:
-        case ast.If(test=test) | ast.While(test=test):
-            kind = "if" if isinstance(node, ast.If) else "while"
-            example = f'torch.where({ast.unparse(test)}, score, -float("inf"))'
-            return TraceError(f"uses `{kind}` on a traced value", _ONE_ANSWER.format("branch"), example)
+        case ast.If():
+            return TraceError("uses `if` on a traced value", _ONE_ANSWER.format("branch"), _without_if(node, tree))
+        case ast.While(test=test):
+            example = f"a fixed number of steps, each with torch.where({ast.unparse(test)}, next value, value)"
+            return TraceError("uses `while` on a traced value", _ONE_ANSWER.format("loop's condition"), example)
         case ast.IfExp(test=test, body=body, orelse=orelse):
             example = f"torch.where({ast.unparse(test)}, {ast.unparse(body)}, {ast.unparse(orelse)})"
             return TraceError("uses `if` on a traced value", _ONE_ANSWER.format("branch"), example)
@@ -68,20 +73,78 @@ def _explain_truth(filename: str, line: int) -> TraceError:
             return TraceError("chains comparisons of traced values", why, " & ".join(f"({p})" for p in pairs))
         case ast.Call(func=ast.Name(id=("max" | "min") as name), args=args):
             example = f"torch.{name}imum({', '.join(ast.unparse(a) for a in args)})"
+            if len(args) == 2 and _is_number(args[1]) != _is_number(args[0]):  # which torch.minimum does not take
+                value, bound = (args[1], args[0]) if _is_number(args[0]) else args
+                kept = ast.unparse(value) if isinstance(value, ast.Name) else f"({ast.unparse(value)})"
+                example = f"{kept}.clamp({'max' if name == 'min' else 'min'}={ast.unparse(bound)})"
             return TraceError(f"uses the builtin `{name}` on traced values", _ONE_ANSWER.format("comparison"), example)
     return TraceError(
         "asks whether a traced value is true",
         _ONE_ANSWER.format("question"),
-        "torch.where(condition, a, b) for `if`; &, |, ~ for `and`, `or`, `not`; torch.maximum for max",
+        "torch.where(condition, a, b) for `if`; &, |, ~ for `and`, `or`, `not`, any and all; torch.maximum for max; "
+        "(x == 1) | (x == 4) for `x in (1, 4)`",
     )
 
 
-def _innermost(filename: str, line: int) -> ast.AST | None:
-    """The smallest construct on that line which takes the truth of a value."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
-    except (SyntaxError, ValueError):
+def _is_number(node: ast.expr) -> bool:
+    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
+
+
+def _without_if(node: ast.If, tree: ast.Module) -> str:
+    """The statement that does what an `if` statement does, where it only chooses a value."""
+    choice = _choice(node, _following(node, tree))
+    if choice is None:
+        return f"torch.where({ast.unparse(node.test)}, the value if so, the value if not)"
+    return ("return " if choice[0] == "return" else f"{choice[0]} = ") + ast.unparse(choice[1])
+
+
+def _choice(node: ast.If, after: list[ast.stmt]) -> tuple[str, ast.expr] | None:
+    """What an `if` statement returns or assigns, as `_result`; `after` is the statement that follows it."""
+    chosen = _result(node.body)
+    if chosen is None:
         return None
+    if len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):  # elif
+        other = _choice(node.orelse[0], after)
+    elif chosen[0] != "return" and not node.orelse:
+        other = chosen[0], ast.Name(chosen[0])  # it keeps its value
+    else:
+        other = _result(node.orelse or after)
+    if other is None or other[0] != chosen[0]:
+        return None
+    match chosen[1], other[1]:
+        case ast.Constant(value=True), ast.Constant(value=False):
+            value = node.test
+        case ast.Constant(value=False), ast.Constant(value=True):
+            value = ast.UnaryOp(ast.Invert(), node.test)
+        case first, second:
+            value = ast.Call(ast.parse("torch.where", mode="eval").body, [node.test, first, second], [])
+    return chosen[0], value
+
+
+def _result(statements: list[ast.stmt]) -> tuple[str, ast.expr] | None:
+    """What a branch of a single statement returns ("return"), or the name that it assigns to, and the value."""
+    match statements:
+        case [ast.Return(value=ast.expr() as value)]:
+            return "return", value
+        case [ast.Assign(targets=[ast.Name(id=name)], value=value)]:
+            return name, value
+        case [ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value)]:
+            return name, ast.BinOp(ast.Name(target.id), op, value)
+    return None
+
+
+def _following(node: ast.stmt, tree: ast.Module) -> list[ast.stmt]:
+    """The statement after `node`, if it is in the same block."""
+    for parent in ast.walk(tree):
+        for block in (getattr(parent, name, None) for name in ("body", "orelse", "finalbody")):
+            if isinstance(block, list) and node in block:
+                at = block.index(node) + 1
+                return block[at : at + 1]
+    return []
+
+
+def _innermost(tree: ast.Module, line: int) -> ast.AST | None:
+    """The smallest construct on that line which takes the truth of a value."""
     found: list[tuple[int, int, ast.AST]] = []
     for node in ast.walk(tree):
         spot = node.test if isinstance(node, (ast.If, ast.While)) else node

@@ -319,7 +319,10 @@ class Recorder(TorchFunctionMode):
             raise TraceError(
                 f"indexes a tensor of {len(free)} dimensions with {len(items)} indices",
                 "There is one index for each dimension.",
-                f"t[{', '.join(['b', 'h', 'q_idx', 'kv_idx'][: len(free)]) or ''}]",
+                ("t[()]", "t[h]", "t[q_idx, kv_idx]", "t[h, q_idx, kv_idx]", "t[b, h, q_idx, kv_idx]")[
+                    min(len(free), 4)
+                ]
+                + ", or whichever indices the dimensions stand for",
             )
         base, slots = view.base, list(view.slots)
         for dim, item in zip(free, items, strict=False):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,8 +220,42 @@ def test_an_if_statement_is_explained_with_file_line_and_replacement() -> None:
     assert fails(mod) == (
         f"score_mod at {__file__}:{line} uses `if` on a traced value: `if q_idx > kv_idx:`\n"
         "The kernel evaluates a whole tile at once, so the branch has no single answer.\n"
-        'Write instead: torch.where(q_idx > kv_idx, score, -float("inf"))'
+        "Write instead: return torch.where(q_idx > kv_idx, score, score - 1)"
     )
+
+
+BRANCHES = {
+    "if h < 2:\n    return score * 2\nelse:\n    return score / 2": "return torch.where(h < 2, score * 2, score / 2)",
+    "if h < 1:\n    return score\nelif h < 2:\n    return -score\nreturn score - 1": (
+        "return torch.where(h < 1, score, torch.where(h < 2, -score, score - 1))"
+    ),
+    "if q_idx - kv_idx > 16:\n    score = score - 1.0\nreturn score": (
+        "score = torch.where(q_idx - kv_idx > 16, score - 1.0, score)"
+    ),
+    "if h > 1:\n    score += 1\nelse:\n    score = -score\nreturn score": "score = torch.where(h > 1, score + 1, -score)",
+    "if q_idx >= kv_idx:\n    return True\nreturn False": "return q_idx >= kv_idx",
+    "if q_idx >= kv_idx:\n    return False\nelse:\n    return True": "return ~(q_idx >= kv_idx)",
+    "if h > 1:\n    x = 1\n    y = 2\nreturn score": "torch.where(h > 1, the value if so, the value if not)",
+    "while h > 1:\n    score = score - 1\nreturn score": (
+        "a fixed number of steps, each with torch.where(h > 1, next value, value)"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", BRANCHES)
+def test_the_replacement_of_a_branch_does_what_the_branch_does(body: str, tmp_path: Path) -> None:
+    file = tmp_path / "branch.py"
+    file.write_text("def mod(score, b, h, q_idx, kv_idx):\n" + textwrap.indent(body, "    "))
+    space: dict[str, Any] = {"torch": torch}
+    exec(compile(file.read_text(), str(file), "exec"), space)
+    message = fails(space["mod"])
+    assert message.endswith(f"Write instead: {BRANCHES[body]}")
+    if "the value" in BRANCHES[body] or "steps" in BRANCHES[body]:
+        return
+    exec(f"def said(score, b, h, q_idx, kv_idx):\n    {BRANCHES[body]}\n    return score", space)
+    for h, q, kv in itertools.product(range(3), (0, 3, 20), (0, 2)):
+        given = (torch.tensor(0.75), *map(torch.tensor, (0, h, q, kv)))
+        assert float(space["said"](*given)) == float(space["mod"](*given))
 
 
 def test_an_error_in_a_helper_names_the_helpers_line() -> None:
@@ -238,6 +275,15 @@ def test_an_error_in_a_helper_names_the_helpers_line() -> None:
         (lambda b, h, q, k: not q >= k, "mask_mod", "uses `not`", "~(q >= k)"),
         (lambda b, h, q, k: 0 <= q - k < 5, "mask_mod", "chains comparisons", "(0 <= q - k) & (q - k < 5)"),
         (lambda b, h, q, k: max(q, k) < 5, "mask_mod", "builtin `max`", "torch.maximum(q, k)"),
+        (lambda b, h, q, k: min(q - k, 8) < 5, "mask_mod", "builtin `min`", "(q - k).clamp(max=8)"),
+        (lambda b, h, q, k: max(-1, q) < 5, "mask_mod", "builtin `max`", "q.clamp(min=-1)"),
+        (lambda b, h, q, k: k in (1, 4), "mask_mod", "is true", "(x == 1) | (x == 4)"),
+        (
+            lambda s, b, h, q, k: s + table[b, h, q, k],
+            "score_mod",
+            "with 4 indices",
+            "t[h, q_idx, kv_idx], or whichever",
+        ),
         (lambda b, h, q, k: docs[q] - docs[k], "mask_mod", "returns int64 values", "a comparison"),
         (lambda b, h, q, k: None, "mask_mod", "returns nothing", "return q_idx >= kv_idx"),
         (
@@ -265,7 +311,7 @@ def test_an_error_in_a_helper_names_the_helpers_line() -> None:
             "captured tensor of shape (2,) in `add`",
             "index every dimension",
         ),
-        (lambda s, b, h, q, k: s + slopes[h, q], "score_mod", "1 dimensions with 2 indices", "t[b]"),
+        (lambda s, b, h, q, k: s + slopes[h, q], "score_mod", "1 dimensions with 2 indices", "t[h]"),
         (lambda s, b, h, q, k: s + slopes[s], "score_mod", "with a float32 value", "t[index.to(torch.int64)]"),
         (lambda s, b, h, q, k: s + slopes[q > k], "score_mod", "with a bool value", "torch.where"),
         (lambda s, b, h, q, k: s + slopes[None, h], "score_mod", "NoneType", "t[b, h, q_idx, kv_idx]"),

@@ -150,10 +150,11 @@ def triton_refusal(query: Tensor, value: Tensor) -> str:
     if sys.platform != "linux":
         return f"needs Triton, which does not exist for {sys.platform}"
     if query.device.type == "cpu":
+        wanted = "runs on GPUs; on a CPU it needs Triton's interpreter"
+        if importlib.util.find_spec("numpy") is None:  # asked first: without it the interpreter cannot be imported
+            return f"{wanted}, which needs numpy: pip install numpy, and set TRITON_INTERPRET=1 before Python starts"
         if not _interpreted():
-            return "runs on GPUs; on a CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
-        if importlib.util.find_spec("numpy") is None:
-            return "runs on a CPU in Triton's interpreter, which needs numpy: pip install numpy"
+            return f"{wanted}: set TRITON_INTERPRET=1 before Python starts"
     elif query.device.type != "cuda":
         return f"does not know the device {query.device.type}"
     if query.dtype is torch.float64:

@@ -56,3 +56,9 @@ def test_a_generated_function_is_found_by_its_file() -> None:
     assert jit.function_of_file("<flexattn score_mod_test>") is made
     assert jit.function_of_source("def score_mod_test(score):\n    return score") is made
     assert jit.function_of_file("model.py") is None
+
+
+def test_the_interpreter_without_numpy_is_refused_by_name() -> None:
+    q = torch.randn(1, 1, 16, 16)
+    with patch("importlib.util.find_spec", return_value=None), pytest.raises(ValueError, match="pip install numpy"):
+        flex_attention(q, q, q, backend="triton")

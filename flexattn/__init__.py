@@ -1,6 +1,7 @@
 """Attention variants in a few lines of Python: traced, differentiated, block-sparse and fused."""
 
 from . import (
+    block_mask_tree,  # noqa: F401, registers block masks as trees
     flops,  # noqa: F401, registers the FLOP formulas
     masks,
     mods,
@@ -10,6 +11,7 @@ from .block_mask import BlockMask
 from .codegen.errors import TraceError
 from .create import create_block_mask, create_mask
 from .debug import debug_mode
+from .documents import Documents
 from .errors import KernelError
 from .explain import Explanation, explain
 from .masks import and_masks, noop_mask, not_mask, or_masks
@@ -20,6 +22,7 @@ __all__ = [
     "AuxOutput",
     "AuxRequest",
     "BlockMask",
+    "Documents",
     "Explanation",
     "KernelError",
     "TraceError",

@@ -171,6 +171,8 @@ def flex_attention(
         validate.block_mask(block_mask, query, key)
         lists = block_mask.kv_lists()
         block_size = block_mask.BLOCK_SIZE
+        if not torch.compiler.is_compiling() and block_mask.contiguous:
+            options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     out, lse, max_scores = capture.attention(

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .block_lists import block_size, check_lists, dense, last, positions, take
+from .block_lists import (
+    block_size,
+    by_column,
+    check_lists,
+    checked_lengths,
+    dense,
+    has_data,
+    visited_elements,
+)
+from .block_mask_parts import cropped, part
+from .block_mask_picture import svg
+from .block_mask_plot import plot
 from .block_mask_text import picture
-from .mask_object import moved
+from .mask_object import MaskMod, moved
 from .masks import noop_mask
-from .shifted_mask import ShiftedMask
 
-MaskMod = Callable[..., Tensor]
 DEFAULT_BLOCK_SIZE = 128
 
-_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
 
 class BlockMask:
@@ -39,8 +46,9 @@ class BlockMask:
         BLOCK_SIZE: (queries, keys) of a block.
         mask_mod: function `(b, h, q_idx, kv_idx) -> bool`. It may be replaced.
 
-    B and H are the query's, or 1 where the mask is the same for all. Make one with `create_block_mask` or
-    `BlockMask.from_kv_blocks`. The interface is that of `torch.nn.attention.flex_attention.BlockMask`.
+    B and H are the query's, or 1 where the mask is the same for all. Lists may be narrower than there are key blocks. Make
+    one with `create_block_mask` or `from_kv_blocks`, or of others with `&`, `|`, `~` and `offset`. The interface is that
+    of `torch.nn.attention.flex_attention.BlockMask`.
 
     Example:
         >>> import flexattn
@@ -75,6 +83,9 @@ class BlockMask:
         self.BLOCK_SIZE = BLOCK_SIZE
         self.mask_mod = noop_mask if mask_mod is None else mask_mod
         self._columns: dict[str, _Columns] = {}
+        self._described: MaskMod | None = None  # the mask_mod that the lists were made of
+        self._sizes = (kv_num_blocks.shape[0], kv_num_blocks.shape[1])
+        self._adjacent: tuple[Tensor | None, bool] | None = None  # of which list of full blocks it is said
 
     @classmethod
     def from_kv_blocks(
@@ -121,33 +132,9 @@ class BlockMask:
         pairs = [("kv", kv_num_blocks, kv_indices)]
         if full_kv_num_blocks is not None and full_kv_indices is not None:
             pairs.append(("full_kv", full_kv_num_blocks, full_kv_indices))
-        for name, count, index in pairs:
-            if count.dim() != 3 or index.dim() != 4 or index.shape[:3] != count.shape:
-                raise ValueError(
-                    f"{name}_num_blocks has shape {tuple(count.shape)} and {name}_indices {tuple(index.shape)}; "
-                    "they must be [B, H, rows] and [B, H, rows, columns]"
-                )
-            if any(t.dtype is torch.bool or t.is_floating_point() or t.is_complex() for t in (count, index)):
-                raise ValueError(
-                    f"{name}_num_blocks is {count.dtype} and {name}_indices {index.dtype}; both must be integers, "
-                    "e.g. t.to(torch.int32)"
-                )
-            if count.shape != kv_num_blocks.shape:
-                raise ValueError(
-                    f"full blocks have rows {tuple(count.shape)}, partial blocks {tuple(kv_num_blocks.shape)}"
-                )
-        if seq_lengths is not None and (
-            len(seq_lengths) != 2 or any(isinstance(n, int) and n < 0 for n in seq_lengths)
-        ):
-            raise ValueError(f"seq_lengths is {seq_lengths}; it must be two lengths, (Q_LEN, KV_LEN)")
-        rows, columns = kv_indices.shape[2], max(index.shape[3] for _, _, index in pairs)
-        lengths = (rows * size[0], columns * size[1]) if seq_lengths is None else (seq_lengths[0], seq_lengths[1])
-        if -(-lengths[0] // size[0]) != rows:
-            raise ValueError(
-                f"Q_LEN {lengths[0]} has {-(-lengths[0] // size[0])} blocks of {size[0]}, the lists have {rows} rows"
-            )
+        lengths = checked_lengths(pairs, size, seq_lengths)
         lists = [t for _, count, index in pairs for t in (count, index)]
-        if not torch.compiler.is_compiling() and all(_has_data(t) for t in lists):
+        if not torch.compiler.is_compiling() and all(has_data(t) for t in lists):
             # Before the conversion, which would bring an index that is out of range back into it.
             check_lists(lists, -(-lengths[1] // size[1]))
         lists = [t.to(torch.int32) for t in lists]
@@ -184,6 +171,25 @@ class BlockMask:
         return (self.kv_num_blocks.shape[0], self.kv_num_blocks.shape[1], *self.seq_lengths)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """The B and H it was made for, also where its lists are 1 because they are the same for all."""
+        return self._sizes
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `mask_mod` by itself says what is attended, as where the lists were made of it."""
+        return self._described is self.mask_mod
+
+    @property
+    def contiguous(self) -> bool | None:
+        """Whether the full blocks of each row are adjacent, so that kernels may count them instead of reading the lists.
+
+        None if it is not known: a mask that was made from lists has not been looked at.
+        """
+        known = self._adjacent
+        return known[1] if known is not None and known[0] is self.full_kv_indices else None
+
+    @property
     def device(self) -> torch.device:
         """Where the lists are."""
         return self.kv_num_blocks.device
@@ -213,9 +219,7 @@ class BlockMask:
         known = self._columns.get(kind)
         # The fields can be set: lists made from others than today's are stale.
         if known is None or known.num_blocks is not count or known.indices is not index:
-            listed = self._dense(count, index).mT
-            order = torch.argsort(listed.int(), dim=-1, descending=True, stable=True).to(torch.int32)
-            known = self._columns[kind] = _Columns(count, index, (listed.sum(-1, dtype=torch.int32), order))
+            known = self._columns[kind] = _Columns(count, index, by_column(count, index, self._grid()[1]))
         return known.by_key
 
     def _grid(self) -> tuple[int, int]:
@@ -240,12 +244,12 @@ class BlockMask:
         """Percentage of elements in blocks that are skipped, 0 to 100; short blocks count with their true size."""
         if self.numel() == 0:
             return 0.0
-        rows, columns = (
-            (length - torch.arange(0, length, block, device=self.device)).clamp_max(block).double()
-            for length, block in zip(self.seq_lengths, self.BLOCK_SIZE, strict=True)
-        )
-        visited = (self.to_dense().double() * rows.unsqueeze(-1) * columns).sum().item()
-        return 100.0 * (1.0 - visited / self.numel())
+        return 100.0 * (1.0 - visited_elements(self.to_dense(), self.seq_lengths, self.BLOCK_SIZE) / self.numel())
+
+    def mark(self, B: int, H: int, contiguous: bool | None) -> None:
+        """Say that the lists were made of `mask_mod`, for so many batch entries and heads, and whether `contiguous`."""
+        self._described, self._sizes = self.mask_mod, (B, H)
+        self._adjacent = None if contiguous is None else (self.full_kv_indices, contiguous)
 
     # ---- derived masks
 
@@ -254,48 +258,50 @@ class BlockMask:
 
         The result's `mask_mod` maps its indices back, so it can be used at once.
         """
-        items = index if isinstance(index, tuple) else (index,)
-        if len(items) > 3:
-            raise IndexError(
-                f"a block mask has 3 dimensions to index (batch, heads, rows of query blocks), got {len(items)}"
-            )
-        sizes = self.kv_num_blocks.shape
-        picks = [positions(i, n, d) for d, (i, n) in enumerate(zip(items, sizes, strict=False))]
-        picks += [slice(0, n, 1) for n in sizes[len(picks) :]]
-        made = self._map(partial(take, picks=picks))
-        rows, block = picks[2], self.BLOCK_SIZE[0]
-        count, length = made.kv_num_blocks.shape[2], self.seq_lengths[0]
-        ends_short = length % block and count and last(rows) == sizes[2] - 1
-        made.seq_lengths = (count * block - (block - length % block if ends_short else 0), self.seq_lengths[1])
-        if length % block and not isinstance(rows, slice) and bool((rows[:-1] == sizes[2] - 1).any()):
-            raise IndexError(
-                "the last row of query blocks is shorter than a block, so it can only be the last one picked"
-            )
-        # A mask that is the same for every batch entry or head stays so.
-        shifts = [None if sizes[d] == 1 else picks[d] for d in (0, 1)] + [rows]
-        # Here and not at every call of the mask: its maps, where the lists are and in the dtype of an index.
-        shifts = [p.to(self.device, torch.int32) if isinstance(p, Tensor) else p for p in shifts]
-        made.mask_mod = ShiftedMask.of(self.mask_mod, shifts[0], shifts[1], shifts[2], block)
-        return made
+        return part(self, index)
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        """Attended where both masks attend. Lengths, block sizes and devices must agree, B and H agree or be 1.
+
+        Raises `ValueError` where they do not. The lists are exact: blocks that are partial in both may be empty here.
+        """
+        return _algebra().combine("&", self, other) if isinstance(other, BlockMask) else NotImplemented
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        """Attended where one of the masks attends; as `&`."""
+        return _algebra().combine("|", self, other) if isinstance(other, BlockMask) else NotImplemented
+
+    def __invert__(self) -> BlockMask:
+        """Attended where the mask does not attend."""
+        return _algebra().complement(self)
+
+    def offset(
+        self, q: int | Tensor = 0, kv: int | Tensor = 0, *, Q_LEN: int | None = None, KV_LEN: int | None = None
+    ) -> BlockMask:
+        """The mask as seen from query `q` and key `kv`: attended where `(q_idx + q, kv_idx + kv)` is in this mask.
+
+        For decoding: `mask.offset(q=t, Q_LEN=1)` is the row of the query at position t. Positions need not be multiples
+        of the block size. A mask that was built from a function may be left: captured tensors must reach as far.
+
+        Args:
+            q, kv: 0 or more: an int, or an integer tensor, 0-d or one position for each batch entry, [B].
+            Q_LEN, KV_LEN: lengths of the new mask. Default: what is left of this one's.
+
+        Raises:
+            ValueError: for offsets below 0, tensors without the length, and positions beyond a mask made from lists.
+
+        Example:
+            >>> import flexattn
+            >>> causal = flexattn.create_block_mask(flexattn.masks.causal_mask, None, None, 512, 512)
+            >>> step = causal.offset(q=300, Q_LEN=1)
+            >>> step.shape, step.full_kv_num_blocks.tolist(), step.kv_indices[0, 0, 0, 0].item()
+            ((1, 1, 1, 512), [[[2]]], 2)
+        """
+        return _algebra().offset(self, q, kv, Q_LEN, KV_LEN)
 
     def _adjust(self, new_q_len: int, new_kv_len: int) -> BlockMask:
         """The upper left part of the mask, for shorter sequences."""
-        if new_q_len > self.seq_lengths[0] or new_kv_len > self.seq_lengths[1]:
-            raise ValueError(
-                f"a block mask for {self.seq_lengths} cannot be extended to {(new_q_len, new_kv_len)}; create it anew"
-            )
-        rows, columns = -(-new_q_len // self.BLOCK_SIZE[0]), -(-new_kv_len // self.BLOCK_SIZE[1])
-        made = self._map(lambda t: t[:, :, :rows])
-        for kind in ("kv", "full_kv"):
-            count, index = getattr(made, f"{kind}_num_blocks"), getattr(made, f"{kind}_indices")
-            if count is None:
-                continue
-            kept = (torch.arange(index.shape[-1], device=self.device) < count.unsqueeze(-1)) & (index < columns)
-            order = torch.argsort(kept.int(), dim=-1, descending=True, stable=True)[..., : max(columns, 0)]
-            setattr(made, f"{kind}_indices", index.gather(-1, order))
-            setattr(made, f"{kind}_num_blocks", kept.sum(-1, dtype=torch.int32))
-        made.seq_lengths = (new_q_len, new_kv_len)
-        return made
+        return cropped(self, new_q_len, new_kv_len)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The mask on another device: its lists, and the tensors that a mask of `flexattn.masks` holds.
@@ -304,14 +310,17 @@ class BlockMask:
         """
         made = self._map(lambda t: t.to(device))
         made.mask_mod = moved(self.mask_mod, device)
+        made._described = made.mask_mod if self.is_exact else None
         return made
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> BlockMask:
-        lists = [None if t is None else function(t) for t in (getattr(self, name) for name in _LISTS)]
+        lists = [None if t is None else function(t) for t in (getattr(self, name) for name in LISTS)]
         assert lists[0] is not None and lists[1] is not None
-        return BlockMask(self.seq_lengths, lists[0], lists[1], lists[2], lists[3], self.BLOCK_SIZE, self.mask_mod)
+        made = BlockMask(self.seq_lengths, lists[0], lists[1], lists[2], lists[3], self.BLOCK_SIZE, self.mask_mod)
+        made._described, made._sizes = self._described, self._sizes
+        return made
 
-    # ---- text
+    # ---- text and pictures
 
     def to_string(self, grid_size: int | tuple[int, int] = 20, limit: int = 4) -> str:
         """A picture of the blocks in characters: `█` full or all listed, `░` partly listed, blank none.
@@ -322,8 +331,49 @@ class BlockMask:
         """
         return picture(self, grid_size, limit)
 
+    def to_svg(
+        self,
+        batch: int = 0,
+        head: int = 0,
+        zoom: tuple[int, int] | str | None = None,
+        max_cells: int = 128,
+        title: str | None = None,
+    ) -> str:
+        """A picture of one batch entry and head as SVG: kinds of blocks, sparsity, and blocks visited by each row.
+
+        Args:
+            batch, head: which; 0 where the mask is the same for all.
+            zoom: a block, (row, column), whose elements are drawn beside it; "auto": the first partial one.
+            max_cells: cells a side; more blocks than that share cells, shaded by how many are visited.
+            title: a heading.
+
+        Raises `IndexError` or `ValueError` for what is out of range.
+
+        Example:
+            >>> import flexattn
+            >>> mask = flexattn.create_block_mask(flexattn.masks.sliding_window(100), None, None, 512, 512)
+            >>> mask.to_svg(zoom="auto").startswith("<svg")
+            True
+        """
+        return svg(self, batch, head, zoom, max_cells, title)
+
+    def plot(
+        self,
+        batch: int = 0,
+        head: int = 0,
+        zoom: tuple[int, int] | str | None = None,
+        ax: Any = None,
+        max_cells: int = 512,
+    ) -> Any:
+        """The picture of `to_svg` by matplotlib (`pip install flexattn[plot]`), on axes `ax` or a figure of its own.
+
+        Returns the axes.
+        Raises `ImportError` without matplotlib, and as `to_svg`.
+        """
+        return plot(self, batch, head, zoom, ax, max_cells)
+
     def __str__(self) -> str:
-        if not all(_has_data(t) for t in self.kv_lists()):
+        if not all(has_data(t) for t in self.kv_lists()):
             return repr(self)
         return f"BlockMask(shape={self.shape}, sparsity={self.sparsity():.2f}%)\n{self.to_string()}"
 
@@ -336,10 +386,6 @@ class BlockMask:
         )
 
 
-def _has_data(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta
-
-
 class _Columns(NamedTuple):
     """Lists by key block, and the lists by query block that they were made from."""
 
@@ -348,30 +394,7 @@ class _Columns(NamedTuple):
     by_key: tuple[Tensor, Tensor]
 
 
-class _Context(NamedTuple):
-    seq_lengths: tuple[int, int]
-    block_size: tuple[int, int]
-    mask_mod: MaskMod
+def _algebra() -> Any:
+    from . import mask_algebra  # which makes block masks itself
 
-
-def _flatten(mask: BlockMask) -> tuple[list[Any], _Context]:
-    return [getattr(mask, name) for name in _LISTS], _Context(mask.seq_lengths, mask.BLOCK_SIZE, mask.mask_mod)
-
-
-def _flatten_with_keys(mask: BlockMask) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
-    leaves, context = _flatten(mask)
-    return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(_LISTS, leaves, strict=True)], context
-
-
-def _unflatten(leaves: Any, context: _Context) -> BlockMask:
-    count, index, full_count, full_index = leaves
-    return BlockMask(context.seq_lengths, count, index, full_count, full_index, context.block_size, context.mask_mod)
-
-
-pytree.register_pytree_node(
-    BlockMask,
-    _flatten,
-    _unflatten,
-    flatten_with_keys_fn=_flatten_with_keys,
-    serialized_type_name="flexattn.BlockMask",
-)
+    return mask_algebra

@@ -22,12 +22,11 @@ from torch._ops import HigherOrderOperator
 from . import ops, validate
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
+from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe, trace
 from .debug import check_indices, debugging
 from .errors import KernelError
 from .problem import Problem
-
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def attention(
@@ -97,18 +96,19 @@ def block_lists(
     block_size: tuple[int, int],
     like: Tensor,
     unsaid: tuple[bool, bool] = (False, False),
-) -> Lists:
-    """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`: see `ops.block_mask`.
+    memory: int = DEFAULT_MEMORY,
+) -> tuple[Tensor, ...]:
+    """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`, and a flag: see `ops.block_mask`.
 
-    `unsaid`: whether the caller left B, and H, to be 1. The mask may then not depend on them.
+    B and H of the lists are 1 where the mask does not depend on them. `unsaid`: whether the caller left B, and H, to be
+    1; the mask may then not depend on them. Lists are trimmed in eager code, where shapes may follow data.
     """
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
-        lists: Lists = captured_call(
-            like, like, like, _identity, ((*shape, *block_size, *unsaid), mask_mod), 1.0, {"sizes": None}
-        )
+        given = (*shape, *block_size, *unsaid, memory)
+        lists: tuple[Tensor, ...] = captured_call(like, like, like, _identity, (given, mask_mod), 1.0, {"sizes": None})
         return lists
-    return _block_lists(mask_mod, shape, block_size, like, unsaid)
+    return _block_lists(mask_mod, shape, block_size, like, unsaid, memory, trim=type(like) is Tensor)
 
 
 def _block_lists(
@@ -117,18 +117,21 @@ def _block_lists(
     block_size: Sequence[int],
     like: Tensor,
     unsaid: Sequence[bool],
-) -> Lists:
+    memory: int,
+    trim: bool,
+) -> tuple[Tensor, ...]:
     program, captured, ints = trace(None, mask_mod, device=like.device)
     validate.captured(captured, like.device)
     mask = variant(program).mask
+    axes = frozenset() if mask is None else mask.axes
     for axis, size, left_out in zip("bh", "BH", unsaid, strict=True):
-        if left_out and mask is not None and axis in mask.axes:
+        if left_out and axis in axes:
             raise ValueError(
                 f"the mask depends on {axis}, but {size} is None, which means that it is the same for all. "
                 f"Pass the number of {'batch entries' if axis == 'b' else 'query heads'} as {size}"
             )
-    B, H, Q, KV = shape
-    return ops.block_mask(captured, ints, program, B, H, Q, KV, block_size[0], block_size[1], like)
+    kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
+    return ops.block_mask(captured, ints, program, (*kept, *shape[2:]), block_size, like, memory, trim)
 
 
 def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -166,8 +169,9 @@ class _CapturedCall(HigherOrderOperator):
             return _single(mask_graph(b, h, q_idx, kv_idx, *mask_captured))
 
         if options["sizes"] is None:
-            *shape, q_block, kv_block, b_unsaid, h_unsaid = lists[0]
-            return _block_lists(mask_mod, shape, (q_block, kv_block), query, (b_unsaid, h_unsaid))
+            *shape, q_block, kv_block, b_unsaid, h_unsaid, memory = lists[0]
+            unsaid = b_unsaid, h_unsaid
+            return _block_lists(mask_mod, shape, (q_block, kv_block), query, unsaid, memory, trim=False)
         return _attention(
             query,
             key,

@@ -12,6 +12,7 @@ from .block_lists import block_size
 from .block_mask import DEFAULT_BLOCK_SIZE, BlockMask
 from .codegen.evaluate import Inputs, evaluate
 from .codegen.pipeline import variant
+from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import positional_count, trace
 
 MaskMod = Callable[..., Tensor]
@@ -37,10 +38,17 @@ def create_block_mask(
     separate_full_blocks: bool = True,
     compute_dq_write_order: bool = False,
     dq_kv_order: bool = True,
+    *,
+    max_memory: int = DEFAULT_MEMORY,
 ) -> BlockMask:
     """The block mask of a mask function.
 
-    The mask is evaluated a bounded number of elements at a time; memory does not grow with Q_LEN * KV_LEN.
+    The function is traced once and evaluated on whole ranges of positions. Where the keys of each query are one range
+    (causal, windows, prefixes, chunks, documents) lists follow from its limits; else boxes are split where the mask's
+    boundary runs, and elements are evaluated only where nothing else decides. Blocks are classified exactly.
+
+    Lists are as wide as the longest row needs (rounded up to a multiple of 16; in compiled code as wide as there are
+    key blocks), and B or H of theirs is 1 where the mask does not depend on it, whatever B and H are given.
 
     Args:
         mask_mod: function `(b, h, q_idx, kv_idx) -> bool` of scalars, True = attend.
@@ -48,12 +56,14 @@ def create_block_mask(
         Q_LEN, KV_LEN: lengths; they need not be multiples of the block size.
         device: where the lists live. Default: the current accelerator, else the CPU.
         BLOCK_SIZE: an int, or (queries, keys).
+        max_memory: bytes of work memory, besides captured tensors and the lists; 256 MiB by default. Less is slower.
         separate_full_blocks: list full blocks apart, so that their elements are not masked.
         _compile, compute_dq_write_order, dq_kv_order: accepted for PyTorch's sake; without effect.
 
     Raises:
         TraceError: for a mask that cannot be traced, takes five arguments, or does not return a bool.
         ValueError: for sizes that are not sizes, and for B or H of None where the mask depends on the batch or head.
+        IndexError: for a captured tensor that is shorter than the positions it is read at, such as `ids[q_idx]`.
 
     Example:
         >>> import flexattn
@@ -67,12 +77,18 @@ def create_block_mask(
     shape = _shape(B, H, Q_LEN, KV_LEN)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    lists = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device), (B is None, H is None))
+    if max_memory < 1:
+        raise ValueError(f"max_memory is {max_memory!r}; it must be a number of bytes, such as 256 << 20")
+    unsaid = B is None, H is None
+    found = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device), unsaid, max_memory)
+    made = BlockMask((Q_LEN, KV_LEN), found[0], found[1], found[2], found[3], size, mask_mod)
     if not separate_full_blocks:
-        both = BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod).to_dense()
+        both = made.to_dense()
         order = torch.argsort(both, dim=-1, descending=True, stable=True).to(torch.int32)
-        return BlockMask((Q_LEN, KV_LEN), both.sum(-1, dtype=torch.int32), order, None, None, size, mask_mod)
-    return BlockMask((Q_LEN, KV_LEN), *lists, size, mask_mod)
+        made = BlockMask((Q_LEN, KV_LEN), both.sum(-1, dtype=torch.int32), order, None, None, size, mask_mod)
+    known = separate_full_blocks and not torch.compiler.is_compiling() and type(found[4]) is Tensor
+    made.mark(shape[0], shape[1], bool(found[4]) if known else None)
+    return made
 
 
 def create_mask(

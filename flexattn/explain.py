@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import validate
 from .codegen.emit import functions
-from .codegen.formula import formula, gradients
+from .codegen.formula import formula, gradients, inline
 from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
 
@@ -26,6 +26,8 @@ class Explanation:
         program: the canonical program text.
         captured: a line for each captured tensor and run-time number: name, what it is.
         formula: the modified score and the mask as mathematics.
+        blocks: how a block mask of the mask is built: the mask simplified, and where the keys of a query lie if they are
+            one range.
         derivative: the gradients of the score and of captured tensors; `grad` is that of the modified score.
         functions: the Triton functions that are generated, as text; compiled into the kernels of `flexattn.templates`.
         kernels: the kernels for the target, and where they could be compiled their configuration, registers, spills and
@@ -36,6 +38,7 @@ class Explanation:
     program: str
     captured: tuple[str, ...]
     formula: str
+    blocks: str
     derivative: str
     functions: str
     kernels: str
@@ -46,6 +49,7 @@ class Explanation:
             "program": self.program,
             "captured": "\n".join(self.captured) or "nothing",
             "formula": self.formula,
+            "blocks": self.blocks,
             "derivative": self.derivative,
             "functions": self.functions,
             "kernels": self.kernels,
@@ -109,6 +113,7 @@ def explain(
         program,
         tuple(lines),
         formula(roots, names),
+        _blocks(parsed, names),
         _derivative(parsed.derivative, names),
         _functions(parsed, captured),
         _kernels(parsed, captured, ints, dtype, head_dim, target),
@@ -120,6 +125,22 @@ def explain(
                 print(f"{role} {describe(mod)}")
         print(f"\n{report}")
     return report
+
+
+def _blocks(parsed: Variant, names: Mapping[str, str]) -> str:
+    if parsed.mask is None:
+        return "no mask: every block is full"
+    # sympy, for this alone
+    from .codegen.key_ranges import described, plan_of
+    from .codegen.symbolic import simplified
+
+    plan, short = plan_of(parsed.mask), simplified(parsed.mask)
+    lines = [] if short is parsed.mask else [f"simplified: {inline(short, names)}"]
+    if plan is None:
+        lines.append("keys of a query: not one range by form; boxes are split where the mask's boundary runs")
+    else:
+        lines.append(f"keys of a query: {described(plan, names)}")
+    return "\n".join(lines)
 
 
 def _derivative(derivative: Any, names: Mapping[str, str]) -> str:

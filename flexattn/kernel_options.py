@@ -33,7 +33,9 @@ OPTIONS: dict[str, Option] = {
     "num_warps": Option("power of two, at most 32", "warps of a program"),
     "num_stages": Option(_COUNT, "depth of the software pipeline"),
     "BLOCKS_ARE_CONTIGUOUS": Option(
-        "bool", "the blocks of every list are adjacent: checked once for each mask, and then not read one by one"
+        "bool",
+        "the full blocks of every list are adjacent: checked once for each mask, and then counted, not read; "
+        "set by itself where `create_block_mask` found it so",
     ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),

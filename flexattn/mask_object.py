@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+MaskMod = Callable[..., Tensor]
+
 
 class MaskObject:
     """What the masks of this package have in common; each is a frozen dataclass of its parameters."""
 
     def __repr__(self) -> str:
-        shown = (f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+        # A parameter that was left out is left out: one whose default and value are None.
+        named = [(f, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        shown = (f"{f.name}={_shown(value)}" for f, value in named if value is not None or f.default is not None)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property

@@ -21,7 +21,8 @@ from . import reference
 from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
-from .codegen.tiles import FULL, PARTIAL, classify
+from .codegen.reach import check_reach
+from .codegen.tiles import DEFAULT_MEMORY, classify
 from .kernel_options import parsed_options
 from .layout import empty_like_strides
 from .problem import Problem
@@ -37,8 +38,9 @@ _LIBRARY.define(
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)"
 )
 _LIBRARY.define(
-    "block_mask(Tensor[] captured, SymInt[] ints, str program, SymInt[] shape, SymInt[] block_size, Tensor like)"
-    " -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices)"
+    "block_mask(Tensor[] captured, SymInt[] ints, str program, SymInt[] shape, SymInt[] block_size, int memory, bool trim, "
+    "Tensor like) -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
+    "Tensor contiguous)"
 )
 
 
@@ -129,17 +131,17 @@ def _block_mask(
     program: str,
     shape: Sequence[int],
     block_size: Sequence[int],
+    memory: int,
+    trim: bool,
     like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     B, H, Q, KV = shape
-    classes = classify(variant(program), captured, ints, (B, H, Q, KV), (block_size[0], block_size[1]), like.device)
-    classes = classes.expand(B, H, -1, -1)
-    lists: list[Tensor] = []
-    for kind in (PARTIAL, FULL):
-        listed = (classes == kind).to(torch.int32)
-        lists.append(listed.sum(-1, dtype=torch.int32))
-        lists.append(torch.argsort(listed, dim=-1, descending=True, stable=True).to(torch.int32).contiguous())
-    return lists[0], lists[1], lists[2], lists[3]
+    parsed, size = variant(program), (block_size[0], block_size[1])
+    if parsed.mask is not None and B * H * Q * KV:
+        check_reach(parsed.mask, captured, ints, {"b": B, "h": H, "q_idx": Q, "kv_idx": KV})
+    found = classify(parsed, captured, ints, (B, H, Q, KV), size, like.device, memory, trim)
+    lists = (t.expand(B, H, *t.shape[2:]).contiguous() for t in found[:4])
+    return *lists, torch.full((), found.contiguous)
 
 
 for _name, _kernel in (("forward", _forward), ("backward", _backward), ("block_mask", _block_mask)):
@@ -170,13 +172,17 @@ def _(
     program: str,
     shape: Sequence[int],
     block_size: Sequence[int],
+    memory: int,
+    trim: bool,
     like: Tensor,
 ) -> tuple[Tensor, ...]:
     B, H, Q, KV = shape
     rows, columns = (Q + block_size[0] - 1) // block_size[0], (KV + block_size[1] - 1) // block_size[1]
+    # How long the longest row is, data tells.
+    widths = [torch.library.get_ctx().new_dynamic_size() if trim else columns for _ in range(2)]
     count = like.new_empty((B, H, rows), dtype=torch.int32)
-    index = like.new_empty((B, H, rows, columns), dtype=torch.int32)
-    return count, index, torch.empty_like(count), torch.empty_like(index)
+    index, full_index = (like.new_empty((B, H, rows, width), dtype=torch.int32) for width in widths)
+    return count, index, torch.empty_like(count), full_index, torch.empty((), dtype=torch.bool)
 
 
 FORWARD = torch.ops.flexattn.forward.default
@@ -187,23 +193,22 @@ def block_mask(
     captured: Sequence[Tensor],
     ints: Sequence[int],
     program: str,
-    B: int,
-    H: int,
-    Q_LEN: int,
-    KV_LEN: int,
-    q_block: int,
-    kv_block: int,
+    shape: Sequence[int],
+    block_size: Sequence[int],
     like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lists of the partial and full blocks of a mask: counts [B, H, rows] and indices [B, H, rows, columns], int32.
+    memory: int = DEFAULT_MEMORY,
+    trim: bool = False,
+) -> tuple[Tensor, ...]:
+    """Lists of the partial and full blocks of a mask of `shape` (B, H, Q_LEN, KV_LEN): counts [B, H, rows] and indices
+    [B, H, rows, columns], int32, and whether kernels may count blocks instead of reading the lists: a bool on the CPU.
 
-    They are on the device of `like`. In a row the listed blocks come first, in ascending order.
+    The lists are on the device of `like`. In a row the listed blocks come first, in ascending order. `trim` makes the
+    indices as narrow as the longest row allows; their width is then known only when the operator has run.
     """
-    shape, block_size = (B, H, Q_LEN, KV_LEN), (q_block, kv_block)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.flexattn.block_mask(
-        captured, ints, program, shape, block_size, like
+    made: tuple[Tensor, ...] = torch.ops.flexattn.block_mask(
+        captured, ints, program, shape, block_size, memory, trim, like
     )
-    return result
+    return made
 
 
 class _Attention(torch.autograd.Function):

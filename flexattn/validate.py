@@ -81,8 +81,8 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
             f"block_mask is a {type(mask).__module__}.{type(mask).__name__}, not a flexattn.BlockMask{hint}"
         )
     for name, size, have, axis in (
-        ("B", query.shape[0], mask.kv_num_blocks.shape[0], "batch"),
-        ("H", query.shape[1], mask.kv_num_blocks.shape[1], "heads"),
+        ("B", query.shape[0], mask.sizes[0], "batch"),
+        ("H", query.shape[1], mask.sizes[1], "heads"),
     ):
         if have not in (1, size):
             raise ValueError(

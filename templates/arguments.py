@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
     D, DV: columns of query and key, and of value. BLOCK_D, BLOCK_DV: their widths in a tile, powers of two.
     BLOCK_M, BLOCK_N: queries and keys of a tile. SPARSE_Q, SPARSE_KV: those of a block of the mask.
-    LISTED: whether there are block lists. CONTIGUOUS: whether each names adjacent blocks, in order.
+    LISTED: whether there are block lists. CONTIGUOUS: whether the full blocks of each are adjacent, in order.
     SCALE_IN_FACTOR: whether the scale is part of the exponent, see `scores`. PRECISION: see `product`.
     OFFSET: the type of offsets inside a tile.
     """

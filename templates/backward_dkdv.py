@@ -71,8 +71,7 @@ def attention_backward_dkdv(q, k, v, dout, dk, dv, lse, delta, lists, captured, 
         )
         for i in tl.range(0, masked_tiles):
             start_m, stop_m, is_full = masked_tile(
-                partial, full, i, partial_tiles, plain_tiles, L, shape.SPARSE_Q, shape.BLOCK_M, shape.LISTED,
-                shape.CONTIGUOUS,
+                partial, full, i, partial_tiles, plain_tiles, L, shape.SPARSE_Q, shape.BLOCK_M, shape.LISTED
             )  # fmt: skip
             dk_acc, dv_acc = _add_queries(
                 dk_acc, dv_acc, k_tile, v_tile, q, dout, q_ptr, do_ptr, lse, delta, at, start_m, stop_m, is_full,

@@ -63,8 +63,7 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, dcaptu
     )
     for i in tl.range(0, masked_tiles):
         start_n, stop_n, is_full = masked_tile(
-            partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED,
-            shape.CONTIGUOUS,
+            partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED
         )  # fmt: skip
         acc = _add_keys(
             acc, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m, b, h,

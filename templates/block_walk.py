@@ -59,15 +59,12 @@ def tile_counts(full, n_partial, n_full, length, SPARSE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def masked_tile(partial, full, i, partial_tiles, plain_tiles, length, SPARSE: tl.constexpr, TILE: tl.constexpr,
-                LISTED: tl.constexpr, CONTIGUOUS: tl.constexpr):  # fmt: skip
+                LISTED: tl.constexpr):  # fmt: skip
     """Tile `i` of the masked phase: its first index, the index it ends before, whether its block is full."""
     TILES: tl.constexpr = (SPARSE + TILE - 1) // TILE
     is_full = i >= partial_tiles
     if LISTED:
-        if CONTIGUOUS:
-            block = tl.load(partial, mask=is_full == 0, other=0) + i // TILES
-        else:
-            block = tl.load(partial + i // TILES, mask=is_full == 0, other=0)
+        block = tl.load(partial + i // TILES, mask=is_full == 0, other=0)
         # Full blocks come here all, in order, or only the last one, after the tiles of the plain phase.
         listed = tl.load(full + (i - partial_tiles + plain_tiles) // TILES, mask=is_full, other=0)
         block = tl.where(is_full, listed, block)
@@ -79,7 +76,7 @@ def masked_tile(partial, full, i, partial_tiles, plain_tiles, length, SPARSE: tl
 
 @triton.jit
 def plain_tile(full, i, SPARSE: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, CONTIGUOUS: tl.constexpr):
-    """The first index of tile `i` of the plain phase."""
+    """The first index of tile `i` of the plain phase. CONTIGUOUS: full blocks are adjacent, and counted, not read."""
     TILES: tl.constexpr = SPARSE // TILE
     if LISTED:
         if CONTIGUOUS:

@@ -59,8 +59,7 @@ def attention_forward(q, k, v, out, lse, max_scores, lists, captured, L, S, head
     )
     for i in tl.range(0, masked_tiles):
         start_n, stop_n, is_full = masked_tile(
-            partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED,
-            shape.CONTIGUOUS,
+            partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED
         )  # fmt: skip
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q_tile, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, b, h, scale, factor, captured,

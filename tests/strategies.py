@@ -12,8 +12,8 @@ from torch import Tensor
 HEADS, BATCH, LENGTH = 4, 2, 160
 
 
-def environment(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What generated sources may name: torch, and captured tensors for up to 2 x 4 x 160 x 160 elements."""
+def environment(dtype: torch.dtype = torch.float32, length: int = LENGTH) -> dict[str, Any]:
+    """What generated sources may name: torch, and captured tensors for up to 2 x 4 x length x length elements."""
     g = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:
@@ -22,15 +22,17 @@ def environment(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     return {
         "torch": torch,
         "slopes": normal(HEADS).abs() * 0.1,
-        "gate": normal(BATCH, HEADS, LENGTH) * 0.3,
-        "table": normal(HEADS, 2 * LENGTH - 1) * 0.3,
-        "pair": normal(LENGTH, LENGTH),
+        "gate": normal(BATCH, HEADS, length) * 0.3,
+        "table": normal(HEADS, 2 * length - 1) * 0.3,
+        "pair": normal(length, length),
         "row": normal(HEADS, 3),
         "temperature": normal().abs() + 0.5,
-        "docs": torch.randint(0, 4, (LENGTH,), generator=g).sort().values,
-        "mixed": torch.randint(0, 5, (BATCH, LENGTH), generator=g, dtype=torch.int32),
-        "keep": torch.rand(LENGTH, generator=g) > 0.3,
+        "docs": torch.randint(0, 4, (length,), generator=g).sort().values,
+        "mixed": torch.randint(0, 5, (BATCH, length), generator=g, dtype=torch.int32),
+        "keep": torch.rand(length, generator=g) > 0.3,
         "limit": torch.tensor(9),
+        "grid": torch.randint(-3, 9, (20, 24), generator=g),
+        "big": torch.randint(-(2**63), 2**63 - 1, (50,), generator=g),
     }
 
 
@@ -132,6 +134,103 @@ def booleans(depth: int = 2) -> st.SearchStrategy[str]:
 def floats(depth: int = 3) -> st.SearchStrategy[str]:
     """Scores, of bounded growth, so that float32 is meaningful."""
     return _grown(_FLOAT_LEAVES, _FLOAT_TEMPLATES, depth)
+
+
+_INDEX_FLOAT_LEAVES = (
+    *(
+        "slopes[h]",
+        "(slopes[h] * (q_idx - kv_idx))",
+        "gate[b, h, kv_idx]",
+        "temperature",
+        "(q_idx / 3)",
+        "(kv_idx * 0.5)",
+    ),
+    *("pair[q_idx, kv_idx]", "table[h, q_idx - kv_idx + 159]", "({i} + 0 * q_idx).float()", "gate[b, h, q_idx]"),
+)
+_INDEX_FLOAT_TEMPLATES = (
+    *("({x} + {x})", "({x} - {x})", "({x} * {x})", "({x} / {x})", "torch.maximum({x}, {x} + 0 * temperature)"),
+    *(
+        "torch.sin({x} + 0 * kv_idx)",
+        "torch.tanh({x} + 0 * q_idx)",
+        "torch.exp({x} + 0 * q_idx)",
+        "(-({x}))",
+        "abs({x} + 0 * q_idx)",
+    ),
+    *("torch.sqrt({x} + 0 * q_idx)", "torch.log({x} + 0 * q_idx)", "torch.floor({x} + 0 * q_idx)", "(({x}) ** 2)"),
+    *(
+        "torch.where({c}, {x}, {x} + 0 * temperature)",
+        "torch.rsqrt({x} + 0 * q_idx)",
+        "(({x}) % 1.5)",
+        "(({x}) // 0.7)",
+    ),
+    *("torch.fmod({x} + 0 * q_idx, 2.5)", "torch.round({x} + 0 * q_idx)", "torch.sign({x} + 0 * q_idx)"),
+)
+_RICH_INTEGER_TEMPLATES = (
+    *_INTEGER_TEMPLATES,
+    *("({x} * {x})", "(({x}) // ({x}))", "(({x}) % ({x}))", "torch.fmod({x} + 0 * q_idx, {n})", "(({x}) % -{n})"),
+    *(
+        "(({x}) // -{n})",
+        "({x} | {x})",
+        "({x} ^ {x})",
+        "({x} & {x})",
+        "(~({x} + 0 * q_idx))",
+        "(({x} + 0 * q_idx) >> {n})",
+    ),
+    *("(({x} + 0 * kv_idx) << {n})", "(({x} + 0 * q_idx) ** {n})", "torch.sign({x} + 0 * q_idx)"),
+    *(
+        "({x} + 0 * q_idx).to(torch.int8)",
+        "({f} + 0 * q_idx).to(torch.int32)",
+        "({c}).int()",
+        "mixed[b, {x}]",
+        "grid[{x}, {x}]",
+    ),
+    *("torch.div({x} + 0 * q_idx, {n}, rounding_mode='trunc')", "torch.minimum({x} + 0 * q_idx, kv_idx)"),
+    *("(({x} + 0 * q_idx).to(torch.uint8))", "(({x}) * 100003)", "docs[{x} + 0 * kv_idx]", "big[{x} + 0 * q_idx]"),
+)
+_RICH_BOOLEAN_LEAVES = (
+    *_BOOLEAN_LEAVES,
+    *(
+        "({f} < {f})",
+        "({f} >= {f})",
+        "({f} != {f})",
+        "({i} == {i})",
+        "({i} < {i})",
+        "(grid[q_idx, kv_idx] > 3)",
+        "keep[q_idx]",
+    ),
+    *("({i} != {i})", "({c} == {c})", "({i} + 0 * q_idx).bool()", "({c} < {c})", "({f} + 0 * q_idx).bool()"),
+)
+
+
+@st.composite
+def _filled(draw: st.DrawFn, kind: str, depth: int) -> str:
+    """An expression of the richer grammar: as `_grown`, with {f} a float of the indices too."""
+    leaves, templates = {
+        "i": (_INTEGER_LEAVES, _RICH_INTEGER_TEMPLATES),
+        "f": (_INDEX_FLOAT_LEAVES, _INDEX_FLOAT_TEMPLATES),
+        "c": (_RICH_BOOLEAN_LEAVES, _BOOLEAN_TEMPLATES),
+    }[kind]
+    text = draw(st.sampled_from(leaves if depth <= 0 or draw(st.integers(0, 2)) == 0 else templates))
+    while "{" in text:
+        hole = text[text.index("{") + 1]
+        if hole == "n":
+            fill = str(draw(st.integers(1, 7)))
+        elif depth <= 0 and hole != "x":
+            fill = {"i": "(q_idx - kv_idx)", "f": "(kv_idx * 0.5)", "c": "(q_idx >= kv_idx)"}[hole]
+        else:
+            fill = draw(_filled(kind if hole == "x" else hole, depth - 1))
+        text = text.replace("{" + hole + "}", fill, 1)
+    return text
+
+
+def rich_masks(depth: int = 3) -> st.SearchStrategy[Mod]:
+    """mask_mods with every operation that an index can meet, floats, divisors of any sign and indices out of range too."""
+    return _filled("c", depth).map(lambda s: Mod("b, h, q_idx, kv_idx", s))
+
+
+def rich_values(depth: int = 3) -> st.SearchStrategy[str]:
+    """Integer and float expressions of the indices, of the grammar of `rich_masks`."""
+    return st.sampled_from("if").flatmap(lambda kind: _filled(kind, depth))
 
 
 def score_mods() -> st.SearchStrategy[Mod]:

@@ -54,6 +54,16 @@ def update(page: Path, results: dict[int, str]) -> None:
     page.write_text(text)
 
 
+def test_the_picture_is_that_of_its_mask() -> None:
+    mask = flexattn.create_block_mask(masks.sliding_window(100), None, None, 512, 512, device="cpu", BLOCK_SIZE=32)
+    picture = mask.to_svg(zoom="auto", title="sliding_window(100), blocks of 32") + "\n"
+    place = ROOT / "docs" / "images" / "sliding-window.svg"
+    if os.environ.get("UPDATE_DOCS"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(picture)
+    assert place.read_text() == picture, "run with UPDATE_DOCS=1 if the change is meant"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_blocks_of_a_page_run_and_print_what_it_says(page: Path) -> None:
     text = page.read_text()

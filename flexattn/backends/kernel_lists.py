@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..block_lists import dense
+from ..block_lists import adjacent, by_column
 from ..templates.arguments import Lists
 
 Made = TypeVar("Made")
@@ -40,21 +40,18 @@ def by_key(block_mask: Sequence[Tensor], columns: int) -> Lists:
 
 
 def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
-    """Whether every list names adjacent blocks in ascending order. Reads the lists: the device is waited for, once."""
+    """Whether the full blocks of every list are adjacent, in ascending order, and can be counted instead of read.
+
+    Reads the lists: the device is waited for, once.
+    """
     if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return _kept(
-        "contiguous", block_mask, (columns, transposed), lambda: _all_adjacent(block_mask, columns, transposed)
-    )
 
+    def found() -> bool:
+        lists = _transposed(block_mask, columns) if transposed else block_mask
+        return len(lists) < 4 or adjacent(lists[2], lists[3])
 
-def _all_adjacent(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
-    lists = _transposed(block_mask, columns) if transposed else block_mask
-    for count, index in zip(lists[0::2], lists[1::2], strict=True):
-        place = torch.arange(index.shape[-1], device=index.device)
-        if index.shape[-1] and not bool(((index - index[..., :1] == place) | (place >= count.unsqueeze(-1))).all()):
-            return False
-    return True
+    return _kept("contiguous", block_mask, (columns, transposed), found)
 
 
 def _kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: Callable[[], Made]) -> Made:
@@ -85,12 +82,8 @@ def _ascending(block_mask: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _transposed(block_mask: Sequence[Tensor], columns: int) -> tuple[Tensor, ...]:
-    result = []
-    for count, index in zip(block_mask[0::2], block_mask[1::2], strict=True):
-        listed = dense(count, index, columns).mT
-        result.append(listed.sum(-1, dtype=torch.int32))
-        result.append(torch.argsort(listed.int(), dim=-1, descending=True, stable=True).to(torch.int32))
-    return tuple(result)
+    pairs = zip(block_mask[0::2], block_mask[1::2], strict=True)
+    return tuple(t for count, index in pairs for t in by_column(count, index, columns))
 
 
 def _lists(tensors: Sequence[Tensor]) -> Lists:

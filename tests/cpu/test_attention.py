@@ -31,7 +31,8 @@ def test_the_signature_is_pytorchs_with_ours_appended() -> None:
         assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default)
     assert [p.name for p in ours[len(theirs) :]] == ["mask_mod", "backend"]
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (create_block_mask, peer.create_block_mask))
-    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs]
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert [(p.name, p.kind) for p in ours[len(theirs) :]] == [("max_memory", inspect.Parameter.KEYWORD_ONLY)]
     assert set(peer.AuxRequest._fields) == set(flexattn.AuxRequest._fields)
     assert set(peer.AuxOutput._fields) == set(flexattn.AuxOutput._fields)
 

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from dense_mask import dense_of
 from hypothesis import given
 from strategies import environment, mask_mods
 from torch import Tensor
@@ -21,24 +22,11 @@ from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, 
 docs = torch.tensor([0] * 40 + [1] * 50 + [2] * 70)
 
 
-def listed(count: Tensor, index: Tensor) -> list[list[int]]:
-    """The lists of all rows, sorted, without what lies past the counts."""
+def listed(count: Tensor, index: Tensor, B: int = 1, H: int = 1) -> list[list[int]]:
+    """The lists of all rows of B batch entries and H heads, sorted, without what lies past the counts."""
+    count, index = count.expand(B, H, -1), index.expand(B, H, -1, -1)
     rows, counts = index.reshape(-1, index.shape[-1]).tolist(), count.flatten().tolist()
     return [sorted(r[:n]) for r, n in zip(rows, counts, strict=True)]
-
-
-def dense_of(mask: BlockMask) -> Tensor:
-    """Elements that the mask attends, by its definition: full, or partial and mask_mod."""
-    B, H, Q, KV = mask.shape
-    bq, bk = mask.BLOCK_SIZE
-
-    def expand(count: Tensor, index: Tensor) -> Tensor:
-        return mask._dense(count, index).repeat_interleave(bq, -2).repeat_interleave(bk, -1)[..., :Q, :KV]
-
-    elements = create_mask(mask.mask_mod, B, H, Q, KV, mask.device) & expand(mask.kv_num_blocks, mask.kv_indices)
-    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        elements |= expand(mask.full_kv_num_blocks, mask.full_kv_indices)
-    return elements
 
 
 @given(
@@ -63,16 +51,21 @@ def test_lists_are_those_of_pytorch(mod: Any, q_len: int, kv_len: int, block: An
             lambda b, h, i, j: dense[b, h, i, j], B or 1, H or 1, *whole, device="cpu", BLOCK_SIZE=block
         )
         ours = create_block_mask(f, B, H, *whole, "cpu", block)
-        assert listed(ours.kv_num_blocks, ours.kv_indices) == listed(theirs.kv_num_blocks, theirs.kv_indices)
-        assert listed(ours.full_kv_num_blocks, ours.full_kv_indices) == listed(
-            theirs.full_kv_num_blocks, theirs.full_kv_indices
+        assert listed(ours.kv_num_blocks, ours.kv_indices, B, H) == listed(
+            theirs.kv_num_blocks, theirs.kv_indices, B, H
         )
-        assert listed(ours.q_num_blocks, ours.q_indices) == listed(theirs.q_num_blocks, theirs.q_indices)
-        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        assert listed(ours.full_kv_num_blocks, ours.full_kv_indices, B, H) == listed(
+            theirs.full_kv_num_blocks, theirs.full_kv_indices, B, H
+        )
+        assert listed(ours.q_num_blocks, ours.q_indices, B, H) == listed(theirs.q_num_blocks, theirs.q_indices, B, H)
+        assert torch.equal(ours.to_dense().expand(B, H, -1, -1), theirs.to_dense())
 
 
 def test_fields_and_constructors_are_pytorchs() -> None:
-    ours, theirs = (m.create_block_mask(masks.causal_mask, 2, 3, 256, 384, device="cpu") for m in (flexattn, peer))
+    def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx + 50 * b >= kv_idx + 20 * h
+
+    ours, theirs = (m.create_block_mask(mask, 2, 3, 256, 384, device="cpu") for m in (flexattn, peer))
     for name in ("seq_lengths", "BLOCK_SIZE", "shape"):
         assert getattr(ours, name) == getattr(theirs, name), name
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
@@ -371,20 +364,26 @@ def test_a_block_far_larger_than_the_sequence_costs_no_more_than_the_sequence() 
 def test_building_evaluates_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from flexattn.codegen import tiles
 
-    monkeypatch.setattr(tiles, "_CHUNK", 40 * 40)
+    # Nothing but its elements tells of such a mask.
+    noise = torch.rand(3, 2, 160, 160, generator=torch.Generator().manual_seed(0)) > 0.002
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return noise[b, h, i, j]
+
+    monkeypatch.setattr(tiles, "_CHUNK", 20 * 20)
     largest = 0
     original = tiles.evaluate
 
-    def watched(nodes: Any, inputs: Any) -> Any:
+    def watched(nodes: Any, inputs: Any, pool: Any) -> Any:
         nonlocal largest
-        result = original(nodes, inputs)
+        result = original(nodes, inputs, pool)
         largest = max(largest, *(t.numel() for t in result))
         return result
 
     monkeypatch.setattr(tiles, "evaluate", watched)
-    pieces = create_block_mask(per_batch_and_head, 3, 2, 160, 160, "cpu", 20)
+    pieces = create_block_mask(mask, 3, 2, 160, 160, "cpu", 20)
     monkeypatch.undo()
-    assert largest <= 40 * 40
-    whole = create_block_mask(per_batch_and_head, 3, 2, 160, 160, "cpu", 20)
+    assert 0 < largest <= 20 * 20
+    whole = create_block_mask(mask, 3, 2, 160, 160, "cpu", 20)
     assert torch.equal(dense_of(pieces), dense_of(whole))
-    assert listed(pieces.kv_num_blocks, pieces.kv_indices) == listed(whole.kv_num_blocks, whole.kv_indices)
+    assert torch.equal(pieces.kv_num_blocks, whole.kv_num_blocks) and torch.equal(pieces.kv_indices, whole.kv_indices)

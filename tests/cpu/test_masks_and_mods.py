@@ -16,6 +16,8 @@ N = 12
 ids = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3, 0, 0, 2])
 batched = torch.stack([ids, ids.flip(0)])
 lengths = torch.tensor([5, 9])
+marked = batched == 1
+spans = torch.where(batched == 0, -1, batched)
 
 MASKS: list[tuple[Any, Any]] = [
     (noop_mask, lambda b, q, k: True),
@@ -26,11 +28,35 @@ MASKS: list[tuple[Any, Any]] = [
     (masks.sliding_window(1), lambda b, q, k: q == k),
     (masks.sliding_window(4), lambda b, q, k: 0 <= q - k < 4),
     (masks.window(2, 1), lambda b, q, k: -1 <= q - k <= 2),
+    (masks.window(None, 1), lambda b, q, k: -1 <= q - k),
+    (masks.window(2, None), lambda b, q, k: q - k <= 2),
+    (masks.window(None, None), lambda b, q, k: True),
+    (masks.dilated(1, 5), lambda b, q, k: q == k),
+    (masks.dilated(3, 2), lambda b, q, k: q - k in (0, 2, 4)),
+    (masks.streaming(2, 3), lambda b, q, k: k <= q and (k < 2 or q - k < 3)),
+    (masks.streaming(0, 3), lambda b, q, k: 0 <= q - k < 3),
+    (masks.causal.bottom_right(4, 6), lambda b, q, k: q + 2 >= k),
+    (masks.causal.bottom_right(lengths, 6), lambda b, q, k: q + 6 - int(lengths[b]) >= k),
     (masks.prefix_lm(4), lambda b, q, k: k < 4 or q >= k),
     (masks.prefix_lm(lengths), lambda b, q, k: k < lengths[b] or q >= k),
     (masks.prefix_lm(torch.tensor(2)), lambda b, q, k: k < 2 or q >= k),
     (masks.document_mask(ids), lambda b, q, k: ids[q] == ids[k]),
     (masks.document_mask(batched), lambda b, q, k: batched[b, q] == batched[b, k]),
+    (masks.document_mask(ids, ids.flip(0)), lambda b, q, k: ids[q] == ids.flip(0)[k]),
+    (masks.document_mask(batched, batched.flip(0)), lambda b, q, k: batched[b, q] == batched[1 - b, k]),
+    (masks.global_tokens(0), lambda b, q, k: False),
+    (masks.global_tokens(3), lambda b, q, k: q < 3 or k < 3),
+    (masks.global_tokens(marked[0]), lambda b, q, k: marked[0, q] or marked[0, k]),
+    (masks.global_tokens(marked), lambda b, q, k: marked[b, q] or marked[b, k]),
+    (masks.shared_prefix(ids), lambda b, q, k: q >= k and int(ids[k]) in (0, int(ids[q]))),
+    (
+        masks.shared_prefix(batched, batched // 2),
+        lambda b, q, k: (
+            q >= k and batched[b, q] // 2 == batched[b, k] // 2 and int(batched[b, k]) in (0, int(batched[b, q]))
+        ),
+    ),
+    (masks.transfusion(spans[0]), lambda b, q, k: q >= k or spans[0, q] == spans[0, k] > 0),
+    (masks.transfusion(spans), lambda b, q, k: q >= k or spans[b, q] == spans[b, k] > 0),
     (masks.padding(lengths), lambda b, q, k: k < lengths[b]),
     (masks.chunked(5), lambda b, q, k: q // 5 == k // 5),
     (and_masks(masks.causal_mask, masks.document_mask(ids)), lambda b, q, k: q >= k and ids[q] == ids[k]),
@@ -65,10 +91,6 @@ def test_a_mask_moves_with_its_tensors() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masks.sliding_window(0), "attends to nothing"),
-        (lambda: masks.window(-1, 0), "both sides must be 0 or more"),
-        (lambda: masks.chunked(0), "at least one position"),
-        (lambda: masks.document_mask(torch.rand(4)), "integer tensor"),
         (lambda: mods.softcap(0.0), "must be positive"),
         (lambda: mods.alibi(torch.ones(2, 2)), r"tensor \[Hq\]"),
         (lambda: mods.relative_bias(torch.ones(2, 4)), "2 \\* S - 1"),

@@ -40,10 +40,12 @@ def test_opcheck_of_backward(backend: str) -> None:
     )
 
 
-def test_opcheck_of_block_mask() -> None:
+@pytest.mark.parametrize("trim", [False, True])
+def test_opcheck_of_block_mask(trim: bool) -> None:
     program, captured, ints = trace(None, masks.document_mask(torch.arange(40) // 7))
     torch.library.opcheck(
-        torch.ops.flexattn.block_mask.default, (captured, ints, program, [1, 2, 40, 40], [16, 8], torch.empty(0))
+        torch.ops.flexattn.block_mask.default,
+        (captured, ints, program, [1, 2, 40, 40], [16, 8], 1 << 28, trim, torch.empty(0)),
     )
 
 

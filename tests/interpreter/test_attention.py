@@ -247,7 +247,12 @@ def test_options_never_change_a_result_beyond_rounding() -> None:
     # Lists of adjacent blocks, partial ones and full ones that do not begin at the first block; and others.
     partial = create_block_mask(lambda b, h, q, k: (q - k).abs() < 24, None, None, 150, 150, BLOCK_SIZE=32)
     full = create_block_mask(lambda b, h, q, k: (q // 32 - k // 32).abs() < 2, None, None, 150, 150, BLOCK_SIZE=32)
-    gapped = create_block_mask(lambda b, h, q, k: (k < 5) | (q - k).abs() < 40, None, None, 150, 150, BLOCK_SIZE=32)
+
+    def ends(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        edge = (kv_idx < 32) | (q_idx < 32) | (kv_idx >= 128) | (q_idx >= 128)
+        return edge | ((q_idx - kv_idx).abs() < 20)
+
+    gapped = create_block_mask(ends, None, None, 150, 150, BLOCK_SIZE=32)
     adjacent, small = {"BLOCKS_ARE_CONTIGUOUS": True}, {f"BLOCK_{x}{i}": 16 for x in "MN" for i in ("", 1, 2)}
     for mask, is_so in ((partial, True), (full, True), (gapped, False)):
         lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices

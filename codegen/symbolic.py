@@ -18,6 +18,7 @@ from .ir import DType, Node, Op, const, walk
 from .promotion import cast
 from .spec import apply
 
+_LARGEST = 60  # nodes of a comparison that is worth solving
 _LOGIC_ATOMS = 8  # sympy's simplification of logic takes time exponential in these
 KEY = sympy.Symbol("kv_idx", integer=True)
 
@@ -259,6 +260,8 @@ def key_limits(comparison: Node) -> tuple[bool, tuple[Limits, ...]] | None:
 
     None if it is not linear in the key, or in the key divided by a constant.
     """
+    if sum(1 for _ in walk(comparison)) > _LARGEST:
+        return None
     symbols = Symbols()
     relation = symbols.predicate(comparison)
     if not isinstance(relation, (sympy.Le, sympy.Eq)) or KEY not in relation.free_symbols:
@@ -282,7 +285,14 @@ def key_limits(comparison: Node) -> tuple[bool, tuple[Limits, ...]] | None:
 
 
 def _below_zero(expression: Any, symbols: Symbols) -> Limits | None:
-    """`expression <= 0` as limits of the key."""
+    """`expression <= 0` as limits of the key; None also where sympy made of it what has no operation here."""
+    try:
+        return _solved(expression, symbols)
+    except KeyError:
+        return None
+
+
+def _solved(expression: Any, symbols: Symbols) -> Limits | None:
     quotients = [f for f in expression.atoms(sympy.floor) if KEY in f.free_symbols]
     unknown, divisor = KEY, 1
     if quotients:

@@ -34,8 +34,8 @@ class BlockMask:
     """A mask as lists of blocks: for each row of query blocks, the key blocks to visit.
 
     Blocks in `kv_indices` are *partial*: `mask_mod` decides element by element. Blocks in `full_kv_indices` are *full*:
-    every element is attended. A block in neither list is empty, whatever `mask_mod` says. Every backend follows the
-    lists. Entries of a row past its count mean nothing; a row need not be sorted.
+    every element is attended. A block in neither list is empty, whatever `mask_mod` says. Entries of a row past its
+    count mean nothing; rows need not be sorted.
 
     Attributes:
         seq_lengths: (Q_LEN, KV_LEN); the last block of either may be short.
@@ -133,8 +133,8 @@ class BlockMask:
         if full_kv_num_blocks is not None and full_kv_indices is not None:
             pairs.append(("full_kv", full_kv_num_blocks, full_kv_indices))
         lengths = checked_lengths(pairs, size, seq_lengths)
-        lists = [t for _, count, index in pairs for t in (count, index)]
-        if not torch.compiler.is_compiling() and all(has_data(t) for t in lists):
+        lists = [t for pair in pairs for t in pair[1:]]
+        if not torch.compiler.is_compiling() and all(map(has_data, lists)):
             # Before the conversion, which would bring an index that is out of range back into it.
             check_lists(lists, -(-lengths[1] // size[1]))
         lists = [t.to(torch.int32) for t in lists]
@@ -172,7 +172,7 @@ class BlockMask:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The B and H it was made for, also where its lists are 1 because they are the same for all."""
+        """The B and H it was made for, which its lists have once where they are the same for all."""
         return self._sizes
 
     @property
@@ -182,12 +182,10 @@ class BlockMask:
 
     @property
     def contiguous(self) -> bool | None:
-        """Whether the full blocks of each row are adjacent, so that kernels may count them instead of reading the lists.
-
-        None if it is not known: a mask that was made from lists has not been looked at.
-        """
-        known = self._adjacent
-        return known[1] if known is not None and known[0] is self.full_kv_indices else None
+        """Whether the full blocks of each row are adjacent, so that kernels may count them instead of reading the lists;
+        None if it is not known, as of a mask that was made from lists."""
+        said = self._adjacent
+        return said[1] if said is not None and said[0] is self.full_kv_indices else None
 
     @property
     def device(self) -> torch.device:
@@ -317,7 +315,8 @@ class BlockMask:
         lists = [None if t is None else function(t) for t in (getattr(self, name) for name in LISTS)]
         assert lists[0] is not None and lists[1] is not None
         made = BlockMask(self.seq_lengths, lists[0], lists[1], lists[2], lists[3], self.BLOCK_SIZE, self.mask_mod)
-        made._described, made._sizes = self._described, self._sizes
+        made.mark(*self._sizes, self.contiguous)  # what is true of all rows is true of some
+        made._described = self._described
         return made
 
     # ---- text and pictures

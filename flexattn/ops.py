@@ -40,7 +40,8 @@ _LIBRARY.define(
 _LIBRARY.define(
     "block_mask(Tensor[] captured, SymInt[] ints, str program, SymInt[] shape, SymInt[] block_size, int memory, bool trim, "
     "Tensor like) -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
-    "Tensor contiguous)"
+    "Tensor contiguous)",
+    tags=(torch.Tag.cudagraph_unsafe,),  # how wide lists are, the device is asked
 )
 
 
@@ -135,6 +136,8 @@ def _block_mask(
     trim: bool,
     like: Tensor,
 ) -> tuple[Tensor, ...]:
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a block mask cannot be built inside a CUDA graph; build it before the graph is captured")
     B, H, Q, KV = shape
     parsed, size = variant(program), (block_size[0], block_size[1])
     if parsed.mask is not None and B * H * Q * KV:

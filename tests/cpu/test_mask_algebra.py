@@ -190,7 +190,8 @@ def test_masks_know_whether_their_full_blocks_are_adjacent() -> None:
     window = create_block_mask(masks.sliding_window(90), None, None, 320, 320, "cpu", 16)
     gapped = create_block_mask(lambda b, h, q, k: (k < 32) | ((q - k).abs() < 48), None, None, 320, 320, "cpu", 16)
     assert window.contiguous is True and gapped.contiguous is False
-    assert window[:, :, 3:].contiguous is None and from_lists(64, 64).contiguous is None
+    assert window[:, :, 3:].contiguous and window.with_mask_mod(None).contiguous and window.to("cpu").contiguous
+    assert window._adjust(160, 160).contiguous is None and from_lists(64, 64).contiguous is None
     assert window.full_kv_indices is not None
     window.full_kv_indices = window.full_kv_indices.flip(-1)
     assert window.contiguous is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +148,46 @@ def test_keys_of_blocks_that_are_not_listed_are_never_read() -> None:
     assert out[:, :, :384].isfinite().all() and not out[:, :, 384:].isfinite().all()
     (dq,) = torch.autograd.grad(out[:, :, :384].float().square().sum(), q)
     assert dq[:, :, :384].isfinite().all()
+
+
+IDS = torch.arange(2000) // 137
+NAMES = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+SCATTERED = torch.randint(0, 9, (2000,), generator=torch.Generator().manual_seed(0))
+NOISE = torch.rand(2000, 2000, generator=torch.Generator().manual_seed(0)) > 0.001
+BUILT = [
+    *(masks.causal_mask, masks.causal(-40), masks.sliding_window(300), masks.window(100, 30), masks.chunked(333)),
+    *(masks.prefix_lm(torch.tensor([100, 1200])), masks.document_mask(IDS), masks.document_mask(NAMES[IDS])),
+    *(
+        masks.document_mask(SCATTERED),
+        masks.transfusion(torch.where(IDS % 3 == 0, IDS, -1)),
+        masks.natten_2d(40, 50, 7),
+    ),
+    *(and_masks(masks.causal_mask, masks.document_mask(IDS)), masks.dilated(20, 7), masks.streaming(5, 200)),
+]
+
+
+class Noise(masks.document_mask):
+    """A dense boolean mask: nothing but its elements tells of it."""
+
+    def __post_init__(self) -> None:
+        pass
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self.document_ids[q_idx, kv_idx]
+
+
+@pytest.mark.parametrize("mask", [*BUILT, Noise(NOISE)], ids=range(len(BUILT) + 1))
+@pytest.mark.parametrize("block", [128, (64, 32)])
+def test_masks_built_on_the_gpu_have_the_lists_of_the_cpu(mask: Any, block: Any) -> None:
+    here = create_block_mask(mask, 2, None, 2000, 2000, "cpu", block)
+    moved = mask.to(DEVICE) if hasattr(mask, "to") else mask
+    there = create_block_mask(moved, 2, None, 2000, 2000, DEVICE, block)
+    assert there.device.type == torch.device(DEVICE).type and there.contiguous == here.contiguous
+    for ours, theirs in zip(here.kv_lists(), there.kv_lists(), strict=True):
+        assert torch.equal(ours, theirs.cpu())
+
+
+def test_a_mask_is_not_built_while_a_graph_is_captured() -> None:
+    create_block_mask(masks.causal_mask, None, None, 256, 256, DEVICE)
+    with pytest.raises(RuntimeError, match="before the graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        create_block_mask(masks.causal_mask, None, None, 256, 256, DEVICE)

@@ -18,9 +18,10 @@ from torch import Tensor
 from .evaluate import Inputs, evaluate
 from .formula import inline
 from .ir import DType, Node, Op, const
+from .linear import Limits
 from .relabel import lead_of_batch
 from .spec import apply
-from .symbolic import Limits, key_limits
+from .symbolic import key_limits
 from .tile_lists import Segments
 
 _BATCH = frozenset(("b", "h"))

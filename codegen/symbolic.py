@@ -9,25 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from .ir import DType, Node, Op, const, walk
+from .linear import Limits, linear_limits
 from .promotion import cast
 from .spec import apply
 
 _LARGEST = 60  # nodes of a comparison that is worth solving
 _LOGIC_ATOMS = 8  # sympy's simplification of logic takes time exponential in these
 KEY = sympy.Symbol("kv_idx", integer=True)
-
-
-class Limits(NamedTuple):
-    """`lo <= kv_idx <= hi`; None: no bound. Nodes are int64 and do not depend on the key."""
-
-    lo: Node | None
-    hi: Node | None
 
 
 @dataclass
@@ -260,8 +254,11 @@ def key_limits(comparison: Node) -> tuple[bool, tuple[Limits, ...]] | None:
 
     None if it is not linear in the key, or in the key divided by a constant.
     """
-    if sum(1 for _ in walk(comparison)) > _LARGEST:
+    if sum(1 for _ in walk(comparison)) > _LARGEST or _hides_key(comparison):
         return None
+    plain = linear_limits(comparison)
+    if plain is not None:
+        return True, (plain,)
     symbols = Symbols()
     relation = symbols.predicate(comparison)
     if not isinstance(relation, (sympy.Le, sympy.Eq)) or KEY not in relation.free_symbols:
@@ -282,6 +279,11 @@ def key_limits(comparison: Node) -> tuple[bool, tuple[Limits, ...]] | None:
         for e in (sizes[0].args[0], -sizes[0].args[0])
     ]
     return None if None in parts else (both, tuple(p for p in parts if p is not None))
+
+
+def _hides_key(comparison: Node) -> bool:
+    """Whether the key is read through a tensor or a float, of which nothing can be solved."""
+    return any("kv_idx" in n.axes and (n.op is Op.LOAD or n.dtype.is_float) for n in walk(comparison))
 
 
 def _below_zero(expression: Any, symbols: Symbols) -> Limits | None:

@@ -26,6 +26,7 @@ from .ir import DType, Node, Op, walk
 from .range_tables import RangeTables
 
 Box = Mapping[str, Bounds]
+_NEAR = 1 << 62
 
 
 @dataclass
@@ -105,20 +106,36 @@ def _bound(node: Node, args: list[Bounds], context: Context, wrapping: set[Node]
 def _integer(node: Node, args: list[Bounds], context: Context, wrapping: set[Node] | None) -> Bounds:
     rule, (low, high) = INTEGER[node.op], limits(node.dtype)
     if wrapping is not None:
-        # In float64 the bounds of bounds do not wrap; what comes near the limits of int64 counts as beyond them.
-        wide = rule(node, *(Bounds(a.lo.double(), a.hi.double()) for a in args)) if node.op in GROWING else None
-        margin = 0 if node.dtype is not DType.INT64 else 1 << 62
-        near_minimum = node.op in (Op.MOD, Op.FMOD) and any(bool((a.lo < -(1 << 62)).any()) for a in args)
-        if near_minimum or (wide is not None and bool(((wide.lo < low + margin) | (wide.hi > high - margin)).any())):
+        if _may_wrap(node, args):
             wrapping.add(node)
             return everything(node.dtype, args[0].lo.device)
     elif node in context.wrapping:
         if node.dtype is DType.INT64:
             return everything(node.dtype, args[0].lo.device)
-        found = rule(node, *args)
-        fits = (found.lo >= low) & (found.hi <= high)
+        found, wide = rule(node, *args), _wide(node, args)
+        fits = (wide.lo >= low) & (wide.hi <= high)
         return Bounds(torch.where(fits, found.lo, low), torch.where(fits, found.hi, high))
     return rule(node, *args)
+
+
+def _wide(node: Node, args: list[Bounds]) -> Bounds:
+    """Bounds in float64, which do not wrap themselves."""
+    wide: Bounds = INTEGER[node.op](node, *(Bounds(a.lo.double(), a.hi.double()) for a in args))
+    return wide
+
+
+def _may_wrap(node: Node, args: list[Bounds]) -> bool:
+    if node.op in (Op.MOD, Op.FMOD):  # whose rules negate
+        return any(bool((a.lo < -_NEAR).any()) for a in args)
+    if node.op not in GROWING:
+        return False
+    low, high = limits(node.dtype)
+    wide = _wide(node, args)
+    if node.dtype is DType.INT64:  # near its limits float64 does not tell
+        return bool(((wide.lo < -_NEAR) | (wide.hi > _NEAR)).any())
+    if node.op in (Op.POW, Op.SHL):  # whose rules give the limits where they know nothing, of which a part may wrap
+        return bool(((wide.lo <= low) | (wide.hi >= high)).any())
+    return bool(((wide.lo < low) | (wide.hi > high)).any())
 
 
 def _where(condition: Bounds, a: Bounds, b: Bounds) -> Bounds:

@@ -1,4 +1,4 @@
-"""The examples run, on a few steps, and so does the GPU benchmark, on tiny shapes without a GPU."""
+"""The examples run, on a few steps, and so do benchmarks, on tiny shapes without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -42,3 +46,46 @@ def test_the_gpu_benchmark_measures_records_and_writes_its_table(tmp_path: Path)
     }
     assert all(r["ms"] > 0 and r["max_error"] < 0.1 for r in records if r["impl"] == "flexattn")
     assert "| causal |" in out.with_suffix(".md").read_text()
+
+
+def test_the_block_mask_benchmark_measures_both_libraries_and_writes_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "masks"
+    run = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "bench_block_mask.py"),
+            "--smoke",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    records = json.loads(out.with_suffix(".json").read_text())["records"]
+    assert {(r["case"], r["implementation"]) for r in records} == {
+        (case, name) for case in ("natten_2d", "documents_renamed") for name in ("flexattn", "torch")
+    }
+    assert all(r["cold"] > 0 and r["warm"] > 0 for r in records)
+    assert "| natten_2d | 1,024 |" in out.with_suffix(".md").read_text()
+
+
+def block_mask_benchmark() -> Any:
+    spec = spec_from_file_location("bench_block_mask", ROOT / "benchmarks" / "bench_block_mask.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+BENCHMARK = block_mask_benchmark()
+
+
+@pytest.mark.parametrize("case", [*BENCHMARK.COMMON, *BENCHMARK.OTHERS, "window_and_documents"])
+def test_the_masks_of_the_benchmark_have_the_blocks_of_torchs(case: str) -> None:
+    BENCHMARK.check(case, 2048, "cpu")

@@ -106,11 +106,24 @@ def test_floats_lie_in_their_bounds(op: Op, dtype: DType) -> None:
 
 @pytest.mark.parametrize("op", [Op.LT, Op.LE, Op.EQ, Op.NE], ids=lambda op: op.value)
 def test_comparisons_of_floats_know_nan(op: Op) -> None:
-    one = apply(
-        Op.DIV, moved(QUERY, -4, DType.FLOAT32), apply(Op.MUL, moved(KEY, -4, DType.FLOAT32), const(0.0, DType.FLOAT32))
-    )
-    assert_bounded(apply(op, one, moved(KEY, -4, DType.FLOAT32)), exact=False)
-    assert_bounded(apply(op, moved(KEY, -4, DType.FLOAT32), one), exact=False)
+    for value in perhaps_nan():
+        for other in (moved(KEY, -2, DType.FLOAT32), const(3.0, DType.FLOAT32), const(0.0, DType.FLOAT32)):
+            assert_bounded(apply(op, value, other), exact=False)
+            assert_bounded(apply(op, other, value), exact=False)
+
+
+def perhaps_nan() -> list[Node]:
+    """Floats that are infinite or nan; nan, or from 0 to 2; 0 or nan."""
+    zero = apply(Op.MUL, moved(KEY, -2, DType.FLOAT32), const(0.0, DType.FLOAT32))
+    infinite = apply(Op.DIV, moved(QUERY, -2, DType.FLOAT32), zero)
+    rest = apply(Op.MOD, infinite, const(2.0, DType.FLOAT32))
+    return [infinite, rest, apply(Op.MINIMUM, rest, const(0.0, DType.FLOAT32))]
+
+
+@pytest.mark.parametrize("target", [DType.INT8, DType.INT32, DType.INT64, DType.BOOL], ids=lambda d: d.value)
+def test_casts_know_nan(target: DType) -> None:
+    for value in perhaps_nan():
+        assert_bounded(cast(value, target), exact=False)
 
 
 @pytest.mark.parametrize("op", [Op.AND, Op.OR, Op.XOR, Op.EQ, Op.NE, Op.LT, Op.LE], ids=lambda op: op.value)

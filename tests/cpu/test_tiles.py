@@ -123,6 +123,7 @@ LEAVES = [
     *(lambda b, h, q, k: q > 150, lambda b, h, q, k: runs[k] <= runs[q], lambda b, h, q, k: q // 2 == k // 3),
     *(lambda b, h, q, k: runs[k] > 5, lambda b, h, q, k: 3 * k - 2 * q < 40, lambda b, h, q, k: q % 50 < k % 50),
     *(lambda b, h, q, k: names[runs[q]] == names[runs[k]], lambda b, h, q, k: (k * k) // 100 <= q),
+    *(lambda b, h, q, k: q // torch.where(k > 5, k, 1) > 3, lambda b, h, q, k: q % torch.where(k > 5, k, 1) > 3),
     *(lambda b, h, q, k: k - 200 < torch.abs(q - 150), lambda b, h, q, k: -2 * (k // 5) <= 9 - q),
 ]
 

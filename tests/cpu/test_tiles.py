@@ -22,7 +22,7 @@ from flexattn.codegen.trace import trace
 
 CPU = torch.device("cpu")
 LENGTH = 300
-BLOCKS = [(16, 16), (32, 64), (64, 16), (128, 128), (48, 16), (100, 20)]
+BLOCKS = [(16, 16), (32, 64), (64, 16), (128, 128), (48, 16), (100, 20), (250, 130)]
 
 
 def elements(mask: Any, shape: tuple[int, ...]) -> Tensor:
@@ -124,6 +124,13 @@ LEAVES = [
     *(lambda b, h, q, k: runs[k] > 5, lambda b, h, q, k: 3 * k - 2 * q < 40, lambda b, h, q, k: q % 50 < k % 50),
     *(lambda b, h, q, k: names[runs[q]] == names[runs[k]], lambda b, h, q, k: (k * k) // 100 <= q),
     *(lambda b, h, q, k: q // torch.where(k > 5, k, 1) > 3, lambda b, h, q, k: q % torch.where(k > 5, k, 1) > 3),
+    # Holes of one key, and comparisons of sorted values both ways round.
+    *(lambda b, h, q, k: (k < 50) | (k > 50), lambda b, h, q, k: (k <= q - 3) | (k >= q - 1)),
+    *(
+        lambda b, h, q, k: runs[q] < runs[k],
+        lambda b, h, q, k: runs[q] <= runs[k],
+        lambda b, h, q, k: runs[k] < runs[q],
+    ),
     *(lambda b, h, q, k: k - 200 < torch.abs(q - 150), lambda b, h, q, k: -2 * (k // 5) <= 9 - q),
 ]
 
@@ -148,3 +155,4 @@ def test_law_4_ready_made_masks_are_classified_as_by_force(mask: Any, shape: Any
 def test_each_ready_made_mask_both_ways(mask: Any) -> None:
     for walk in (False, True):
         assert_classified(mask, (2, 3, LENGTH, LENGTH), (16, 32), walk=walk, _ROOTS=16)
+    assert_classified(mask, (2, 3, LENGTH, LENGTH), (250, 130), walk=True, _CHUNK=3000)

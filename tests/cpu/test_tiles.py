@@ -131,6 +131,12 @@ LEAVES = [
         lambda b, h, q, k: runs[q] <= runs[k],
         lambda b, h, q, k: runs[k] < runs[q],
     ),
+    # One key a query, far from those of its neighbours, up, down, and with queries between that have none.
+    *(lambda b, h, q, k: k == (q * 37) % 300, lambda b, h, q, k: k == 299 - (q * 37) % 300),
+    *(lambda b, h, q, k: k == q * 37, lambda b, h, q, k: k == 299 - q * 37),
+    *(lambda b, h, q, k: (q % 2 == 0) & (k == q * 37), lambda b, h, q, k: (q % 3 != 1) & (k == q // 3 * 64)),
+    # One element, which no sample finds, and all but one.
+    *(lambda b, h, q, k: (q == 220) & (k == 111), lambda b, h, q, k: (q != 220) | (k != 111)),
     *(lambda b, h, q, k: k - 200 < torch.abs(q - 150), lambda b, h, q, k: -2 * (k // 5) <= 9 - q),
 ]
 

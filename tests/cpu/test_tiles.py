@@ -135,6 +135,8 @@ LEAVES = [
     *(lambda b, h, q, k: k == (q * 37) % 300, lambda b, h, q, k: k == 299 - (q * 37) % 300),
     *(lambda b, h, q, k: k == q * 37, lambda b, h, q, k: k == 299 - q * 37),
     *(lambda b, h, q, k: (q % 2 == 0) & (k == q * 37), lambda b, h, q, k: (q % 3 != 1) & (k == q // 3 * 64)),
+    # Sums that wrap: as integers without end they would say something else.
+    *(lambda b, h, q, k: k + 2147483600 > q, lambda b, h, q, k: (q - k) * 30_000_000 >= 0),
     # One element, which no sample finds, and all but one.
     *(lambda b, h, q, k: (q == 220) & (k == 111), lambda b, h, q, k: (q != 220) | (k != 111)),
     *(lambda b, h, q, k: k - 200 < torch.abs(q - 150), lambda b, h, q, k: -2 * (k // 5) <= 9 - q),

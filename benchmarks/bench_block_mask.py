@@ -218,6 +218,8 @@ def main() -> None:
     """Measure, print the table and, with --out, write it and the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one length beside torch, one alone")
+    parser.add_argument("--beside", type=int, nargs="*", help="lengths beside torch (default: 8192 16384)")
+    parser.add_argument("--alone", type=int, nargs="*", help="lengths without it (default: 131072 1048576)")
     parser.add_argument("--smoke", action="store_true", help="two masks of 1024, to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write PATH.json and PATH.md")
@@ -241,8 +243,10 @@ def main() -> None:
         "python": platform.python_version(),
     }
     beside = ["flexattn", "torch"] + (["torch_compiled"] if device == "cuda" else [])
-    cells = [(c, S, beside) for S in ((8192,) if options.quick else (8192, 16384)) for c in (*COMMON, *OTHERS)]
-    cells += [(c, S, ["flexattn"]) for S in ((131072,) if options.quick else (131072, 1048576)) for c in LONG]
+    short = options.beside if options.beside is not None else [8192] if options.quick else [8192, 16384]
+    long = options.alone if options.alone is not None else [131072] if options.quick else [131072, 1048576]
+    cells = [(c, S, beside) for S in short for c in (*COMMON, *OTHERS)]
+    cells += [(c, S, ["flexattn"]) for S in long for c in LONG]
     if options.smoke:
         cells = [(c, 1024, beside) for c in ("natten_2d", "documents_renamed")]
     records: list[Record] = []

@@ -66,6 +66,7 @@ class BlockMask:
     full_kv_indices: Tensor | None
     BLOCK_SIZE: tuple[int, int]
     mask_mod: MaskMod
+    only_first: tuple[bool, bool] = (False, False)  # made for B = 1, or H = 1, of a mask that differs between them
 
     def __init__(
         self,

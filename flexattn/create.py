@@ -88,6 +88,10 @@ def create_block_mask(
         made = BlockMask((Q_LEN, KV_LEN), both.sum(-1, dtype=torch.int32), order, None, None, size, mask_mod)
     known = separate_full_blocks and not torch.compiler.is_compiling() and type(found[4]) is Tensor
     made.mark(shape[0], shape[1], bool(found[4]) if known else None)
+    if 1 in (B, H) and not torch.compiler.is_compiling():
+        mask = variant(trace(None, mask_mod, device=device).program).mask
+        axes = frozenset() if mask is None else mask.axes
+        made.only_first = B == 1 and "b" in axes, H == 1 and "h" in axes
     return made
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_lists import has_data
 from .block_mask import BlockMask
 from .create import create_block_mask
 from .mask_object import MaskMod, MaskObject, name_of
@@ -102,21 +103,26 @@ def complement(mask: BlockMask) -> BlockMask:
 
 def offset(mask: BlockMask, q: Any, kv: Any, Q_LEN: int | None, KV_LEN: int | None) -> BlockMask:
     """See `BlockMask.offset`."""
-    lengths = []
+    lengths, B = [], mask.sizes[0]
     for name, by, given, length in zip(("q", "kv"), (q, kv), (Q_LEN, KV_LEN), mask.seq_lengths, strict=True):
         moves = by if isinstance(by, Tensor) else torch.tensor(by)
         if moves.is_floating_point() or moves.dtype is torch.bool or moves.dim() > 1:
             raise ValueError(f"offset({name}={by!r}): an offset is an int, or an integer tensor: 0-d, or [B]")
-        if not isinstance(by, Tensor) and by < 0:
+        if has_data(moves) and moves.numel() and bool((moves < 0).any()):
             raise ValueError(
                 f"offset({name}={by}): an offset is 0 or more, a position in the mask it is an offset into"
             )
         if given is None and isinstance(by, Tensor):
             raise ValueError(f"offset({name}=tensor) needs {name.upper()}_LEN, the length of the mask it makes")
+        if moves.dim() == 1:  # another mask for each batch entry
+            if B not in (1, len(moves)):
+                raise ValueError(f"offset({name}=...) has {len(moves)} entries, the mask has B = {B}")
+            B = len(moves)
         lengths.append(max(0, length - by) if given is None else given)
         if not mask.is_exact and int(moves.max()) + lengths[-1] > length:
             raise ValueError(
                 f"offset({name}=...) reaches position {int(moves.max()) + lengths[-1]} of a mask for {length}, whose lists "
                 "say nothing of it. Build the mask with create_block_mask, from a function that does"
             )
-    return _made(OffsetMask(whole_mask_mod(mask), q, kv), mask.sizes, (lengths[0], lengths[1]), mask)
+    sizes = (B, mask.sizes[1])
+    return _made(OffsetMask(whole_mask_mod(mask), q, kv), sizes, (lengths[0], lengths[1]), mask)

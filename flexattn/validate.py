@@ -89,6 +89,12 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
                 f"block_mask has {name}={have} but query has {axis} {size}. A mask's {name} must equal query's or be 1; "
                 f"build it with create_block_mask(..., {name}={size}) or {name}=None"
             )
+    for name, size, first, axis in zip("BH", query.shape, mask.only_first, ("b", "h"), strict=False):
+        if first and size > 1:
+            raise ValueError(
+                f"block_mask was made with {name}=1 of a mask that depends on {axis}, and query has {size}: it would have the "
+                f"blocks of the first and the elements of each. Build it with create_block_mask(..., {name}={size})"
+            )
     lengths = (query.shape[2], key.shape[2])
     if tuple(mask.seq_lengths) != lengths:
         raise ValueError(

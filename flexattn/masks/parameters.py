@@ -62,9 +62,8 @@ def check_same_dims(what: str, value: Tensor, other: str, reference: Tensor) -> 
 
 
 def per_batch(value: Any, b: Tensor) -> Any:
-    """The number of this batch entry, int32 as indices are; an int and a 0-d tensor are the same for all."""
-    # Converted after the load: a converted copy would be another tensor each time, and masks are cached by tensor.
-    return value[b].to(torch.int32) if isinstance(value, Tensor) and value.dim() == 1 else value
+    """The number of this batch entry; an int and a 0-d tensor are the same for all."""
+    return value[b] if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
 def at(ids: Tensor, b: Tensor, position: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from strategies import environment, mask_mods
 from torch import Tensor
 
 import flexattn
-from flexattn import BlockMask, create_block_mask, flex_attention, masks
+from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, masks
 from flexattn.block_lists import _DENSE, by_column, dense
 
 ids = torch.arange(300) // 37
@@ -113,6 +113,9 @@ def test_offsets_may_be_tensors_and_go_beyond_the_mask() -> None:
     mask = create_block_mask(masks.sliding_window(40), 2, None, 128, 128, "cpu", 16)
     position = torch.tensor([7, 500])
     step = mask.offset(q=position, kv=torch.tensor(3), Q_LEN=1, KV_LEN=600)
+    assert step.sizes == (2, 1)
+    once = create_block_mask(masks.sliding_window(40), None, None, 128, 128, "cpu", 16)
+    assert torch.equal(dense_of(once.offset(q=position, kv=3, Q_LEN=1, KV_LEN=600)), dense_of(step))
     expected = torch.stack([(p - torch.arange(3, 603) >= 0) & (p - torch.arange(3, 603) < 40) for p in position])
     assert torch.equal(dense_of(step)[:, 0, 0], expected)
     q, k = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 600, 8)
@@ -128,6 +131,11 @@ def test_offsets_may_be_tensors_and_go_beyond_the_mask() -> None:
         (lambda m: m.offset(kv=1.5), "an offset is an int, or an integer tensor"),
         (lambda m: m.offset(kv=torch.zeros(2, 2, dtype=torch.int32)), "0-d, or"),
         (lambda m: m.offset(q=torch.tensor(3)), "needs Q_LEN"),
+        (lambda m: m.offset(q=torch.tensor([-5, 2]), Q_LEN=1), "an offset is 0 or more"),
+        (
+            lambda m: m.offset(q=torch.tensor([1, 2]), kv=torch.tensor([1, 2, 3]), Q_LEN=1, KV_LEN=9),
+            "3 entries, .* B = 2",
+        ),
         (lambda m: from_lists(64, 64).offset(q=60, Q_LEN=10), "reaches position 70 of a mask for 64"),
     ],
 )
@@ -254,3 +262,26 @@ def test_a_mask_is_built_within_its_memory() -> None:
     with Watch():
         classify(variant(program), captured, ints, (1, 1, 2048, 2048), (128, 128), torch.device("cpu"), 1 << 20)
     assert 0 < largest <= 1 << 20
+
+
+@pytest.mark.parametrize("name", ["B", "H"])
+def test_a_mask_of_the_first_entry_does_not_stand_for_all(name: str) -> None:
+    def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx >= kv_idx + 20 * (b if name == "B" else h)
+
+    x = torch.randn(2, 3, 64, 8)
+    sizes = {"B": 2, "H": 3} | {name: 1}
+    made = create_block_mask(mask, sizes["B"], sizes["H"], 64, 64, "cpu", 16)
+    with pytest.raises(ValueError, match=f"made with {name}=1 of a mask that depends on {name.lower()}"):
+        flex_attention(x, x, x, block_mask=made)
+    one = x[:1, :] if name == "B" else x[:, :1]
+    flex_attention(one, one, one, block_mask=made)
+    causal = create_block_mask(masks.causal_mask, 1, 1, 64, 64, "cpu", 16)  # the same for all
+    flex_attention(x, x, x, block_mask=causal)
+
+
+def test_numbers_beyond_int32_are_no_limit() -> None:
+    huge = torch.tensor([2**40, 3])
+    for mask in (masks.padding(huge), masks.prefix_lm(huge)):
+        kept = create_mask(mask, 2, None, 1, 8, "cpu")[:, 0, 0]
+        assert kept[0].all() and kept[1].tolist() == [True] * 3 + [False] * 5

@@ -110,7 +110,7 @@ class _Work:
 
     @cached_property
     def context(self) -> Context:
-        """The bounds' context, and whether anything can be said of the whole."""
+        """What bounds are computed from; made once, over the whole mask."""
         low = torch.zeros(1, dtype=torch.int64, device=self.inputs.device)
         whole = {n: Bounds(low, low + s - 1) for n, s in zip(("b", "h", "q_idx", "kv_idx"), self.shape, strict=True)}
         return Context.of([self.mask], self.inputs, whole, self.memory // 4)

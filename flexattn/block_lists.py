@@ -93,13 +93,17 @@ def has_data(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta
 
 
-def visited_elements(blocks: Tensor, lengths: tuple[int, int], size: tuple[int, int]) -> float:
-    """How many elements lie in blocks that are not 0; those at the end may be short."""
-    rows, columns = (
-        (length - torch.arange(0, length, block, device=blocks.device)).clamp_max(block).double()
-        for length, block in zip(lengths, size, strict=True)
-    )
-    return float((blocks.double() * rows.unsqueeze(-1) * columns).sum())
+def visited_elements(lists: Sequence[Tensor], lengths: tuple[int, int], size: tuple[int, int]) -> float:
+    """How many elements lie in the blocks of lists, counts and indices in turn; blocks at the ends may be short."""
+    starts = torch.arange(0, lengths[0], size[0], device=lists[0].device)
+    rows, columns = (lengths[0] - starts).clamp_max(size[0]).double(), -(-lengths[1] // size[1])
+    missing = columns * size[1] - lengths[1]
+    total = 0.0
+    for count, index in zip(lists[0::2], lists[1::2], strict=True):
+        used = torch.arange(index.shape[-1], device=count.device) < count.unsqueeze(-1)
+        ends = (used & (index == columns - 1)).sum(-1)
+        total += float(((count.double() * size[1] - ends.double() * missing) * rows).sum())
+    return total
 
 
 def checked_lengths(

@@ -243,7 +243,7 @@ class BlockMask:
         """Percentage of elements in blocks that are skipped, 0 to 100; short blocks count with their true size."""
         if self.numel() == 0:
             return 0.0
-        return 100.0 * (1.0 - visited_elements(self.to_dense(), self.seq_lengths, self.BLOCK_SIZE) / self.numel())
+        return 100.0 * (1.0 - visited_elements(self.kv_lists(), self.seq_lengths, self.BLOCK_SIZE) / self.numel())
 
     def mark(self, B: int, H: int, contiguous: bool | None) -> None:
         """Say that the lists were made of `mask_mod`, for so many batch entries and heads, and whether `contiguous`."""

@@ -30,5 +30,9 @@ class TraceError(Exception):
         return TraceError(self.what, self.why, self.instead, place, source)
 
 
+class UnsupportedTorch(RuntimeError):
+    """This PyTorch lacks something that flexattn needs."""
+
+
 class ProgramError(ValueError):
     """A program text that does not follow the grammar of `flexattn.codegen.program`, or breaks the rules of `spec`."""

@@ -21,6 +21,7 @@ from .calls import FUNCTIONS, weak
 from .errors import TraceError
 from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
+from .private import DisableTorchFunctionSubclass, base_of, make_wrapper_subclass
 from .promotion import cast, current_default_float
 from .refusals import random_number, unsupported, value_read, write
 from .spec import load
@@ -111,7 +112,7 @@ class Recorder(TorchFunctionMode):
 
     def placeholder(self, content: Value | View) -> Placeholder:
         dtype = content.nodes[0].dtype if isinstance(content, Value) else IR_DTYPE[content.base.dtype]
-        made: Placeholder = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Placeholder = make_wrapper_subclass(
             Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device
         )
         made.content = content
@@ -135,7 +136,7 @@ class Recorder(TorchFunctionMode):
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
         if name in _QUERIES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _VALUE_READS:
             raise value_read(name)
@@ -165,7 +166,8 @@ class Recorder(TorchFunctionMode):
             raise random_number(name)
         writes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or canonical(name)[1]
         if writes and name != "requires_grad_" and args and isinstance(args[0], Tensor):
-            root = args[0] if args[0]._base is None else args[0]._base
+            base = base_of(args[0])
+            root = args[0] if base is None else base
             if id(root) not in self._own:
                 raise write(name)
         result = func(*args, **kwargs)
@@ -179,7 +181,7 @@ class Recorder(TorchFunctionMode):
             return args[0]
         if attribute not in _ATTRIBUTES:
             raise unsupported(f".{attribute or 'an attribute assignment'}")
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args)
 
     def _compute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
@@ -328,7 +330,7 @@ class Recorder(TorchFunctionMode):
         for dim, item in zip(free, items, strict=False):
             if isinstance(item, slice):
                 if item != slice(None):
-                    with torch._C.DisableTorchFunctionSubclass():
+                    with DisableTorchFunctionSubclass():
                         base = base[(slice(None),) * dim + (item,)]
             else:
                 slots[dim] = self._index(item)

@@ -1,12 +1,11 @@
-"""Block masks as trees of tensors, for torch.compile, torch.export and `torch.utils._pytree`."""
+"""Block masks as trees of tensors, for torch.compile and torch.export."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch.utils._pytree as pytree
-
 from .block_mask import LISTS, BlockMask
+from .codegen.private import GetAttrKey, register_pytree_node
 from .mask_object import MaskMod
 
 
@@ -23,9 +22,9 @@ def _flatten(mask: BlockMask) -> tuple[list[Any], _Context]:
     return [getattr(mask, name) for name in LISTS], context
 
 
-def _flatten_with_keys(mask: BlockMask) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
+def _flatten_with_keys(mask: BlockMask) -> tuple[list[tuple[Any, Any]], _Context]:
     leaves, context = _flatten(mask)
-    return [(pytree.GetAttrKey(n), leaf) for n, leaf in zip(LISTS, leaves, strict=True)], context
+    return [(GetAttrKey(n), leaf) for n, leaf in zip(LISTS, leaves, strict=True)], context
 
 
 def _unflatten(leaves: Any, context: _Context) -> BlockMask:
@@ -38,7 +37,7 @@ def _unflatten(leaves: Any, context: _Context) -> BlockMask:
     return made
 
 
-pytree.register_pytree_node(
+register_pytree_node(
     BlockMask,
     _flatten,
     _unflatten,

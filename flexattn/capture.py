@@ -3,11 +3,6 @@
 Under `torch.compile` a higher-order operator stands for the call; Dynamo traces the mods as its sub-graphs with their
 free variables lifted, wherever they were defined. The operator has no kernel of its own: whenever the Dynamo graph is
 run or traced again, it replays the sub-graphs into the recorder and calls the same operators as eager code.
-
-This is the one file that uses private names of PyTorch, present and unchanged in 2.11 to 2.15:
-`torch._ops.HigherOrderOperator`, and in `torch._dynamo.variables.higher_order_ops` the table
-`_hop_name_to_variable_class` and the class `FlexAttentionHigherOrderVariable`. If one is missing, compiling raises
-`RuntimeError`.
 """
 
 from __future__ import annotations
@@ -17,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 
 from . import ops, validate
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
+from .codegen.private import HigherOrderOperator, find
 from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe, trace
 from .debug import check_indices, debugging
@@ -142,7 +137,7 @@ def _full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return b.new_ones((), dtype=torch.bool)
 
 
-class _CapturedCall(HigherOrderOperator):
+class _CapturedCall(HigherOrderOperator):  # type: ignore[misc,valid-type]
     """A call inside a Dynamo graph: operands, and the mods as graph modules with the values they captured."""
 
     def __init__(self) -> None:
@@ -197,13 +192,8 @@ captured_call = _CapturedCall()
 @torch.compiler.assume_constant_result
 def ensure_registered() -> bool:
     """Tell Dynamo how to capture our operator. Run for real while Dynamo traces; leaves nothing in the graph."""
-    try:
-        from torch._dynamo.variables import higher_order_ops as dynamo
-
-        dynamo._hop_name_to_variable_class[captured_call.__name__] = dynamo.FlexAttentionHigherOrderVariable
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"flexattn inside torch.compile supports PyTorch 2.11 to 2.15; this is {torch.__version__}, in which "
-            f"Dynamo changed ({error}). Call it outside the compiled region: torch.compiler.disable(flex_attention)"
-        ) from error
+    dynamo = "torch._dynamo.variables.higher_order_ops"
+    find(f"{dynamo}._hop_name_to_variable_class")[captured_call.__name__] = find(
+        f"{dynamo}.FlexAttentionHigherOrderVariable"
+    )
     return True

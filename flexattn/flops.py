@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import ops
+from .codegen.private import FakeTensor
 
 
 def visited_elements(block_mask: Sequence[Tensor], block_size: Sequence[int], B: int, H: int, L: int, S: int) -> int:

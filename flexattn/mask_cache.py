@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .codegen.pipeline import variant
+from .codegen.private import version_of
 from .codegen.trace import trace
 from .create import create_block_mask
 from .notices import say_rebuilt_mask
@@ -41,7 +42,7 @@ def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tenso
     floats = tuple(float(t) for t in captured[len(tensors) :])
     if any(t.is_inference() for t in tensors):  # no version to tell a write by
         return create_block_mask(mask_mod, B, H, L, S, device=query.device)
-    versions = tuple((id(t), t._version) for t in tensors)
+    versions = tuple((id(t), version_of(t)) for t in tensors)
     place = (program, B, H, L, S, query.device, floats, tuple(ints), versions)
     found = _cache.get(place)
     if found is not None and all(ref() is t for ref, t in zip(found[0], tensors, strict=True)):

@@ -21,6 +21,7 @@ from . import reference
 from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
+from .codegen.private import AFTER_AUTOGRAD, AutoDispatchBelowAutograd
 from .codegen.reach import check_reach
 from .codegen.tiles import DEFAULT_MEMORY, classify
 from .kernel_options import parsed_options
@@ -220,9 +221,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, n_captured: int, options: tuple[Any, ...], *tensors: Tensor) -> Any:
         q, k, v, *rest = tensors
-        with torch._C._AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             out, lse, max_scores = FORWARD.redispatch(
-                keyset & torch._C._after_autograd_keyset, q, k, v, rest[:n_captured], rest[n_captured:], *options
+                keyset & AFTER_AUTOGRAD, q, k, v, rest[:n_captured], rest[n_captured:], *options
             )
         ctx.options, ctx.n_captured = options, n_captured
         ctx.mark_non_differentiable(max_scores)
@@ -277,10 +278,8 @@ def _autograd(
     tensors = (query, key, value, *captured)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Attention.apply(keyset, len(captured), options, *tensors, *block_mask)  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return FORWARD.redispatch(
-            keyset & torch._C._after_autograd_keyset, query, key, value, captured, block_mask, *options
-        )
+    with AutoDispatchBelowAutograd():
+        return FORWARD.redispatch(keyset & AFTER_AUTOGRAD, query, key, value, captured, block_mask, *options)
 
 
 _LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)

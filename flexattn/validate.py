@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
+from .codegen.private import forward_mode_is_on
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -120,7 +121,7 @@ def captured(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 def no_forward_mode(tensors: Sequence[Tensor]) -> None:
     """Raise `NotImplementedError` for a tensor with a tangent: the result would silently have none."""
-    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
+    if not forward_mode_is_on() or torch.compiler.is_compiling():
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(

@@ -28,6 +28,8 @@ INSTALLED = {"flexattn": "flexattn", "codegen": "flexattn.codegen", "templates":
 SOURCES = sorted(path.relative_to(ROOT) for folder in INSTALLED for path in (ROOT / folder).rglob("*.py"))
 FOLDERS = (*INSTALLED, "tests", "examples", "benchmarks", "scripts", "docs", ".ci")
 MAX_LINES = 400
+# Attributes of tensors that no documentation promises.
+TENSOR_INTERNALS = ("_version", "_base", "_local_tensor", "_spec", "_is_view", "_typed_storage")
 # Folders of one machine. A slash or a letter before it makes it part of a longer path or an address.
 MACHINE_PATH = re.compile(r"(?<![\w./~*-])/(?:home|root|work|Users|tmp|opt|mnt|srv)/\w[\w./-]*|\b[A-Z]:\\Users\\\w+")
 
@@ -64,6 +66,8 @@ def refused(source: str, path: Path) -> list[str]:
     }[path.parts[0]]
     if path == Path("codegen/ir.py"):
         allowed = ()
+    if path == Path("codegen/private.py"):
+        allowed = (*allowed, "importlib")  # of torch's own modules, by their names
     return [name for name in imports(source, path) if not standard(name) and not within(name, *allowed)]
 
 
@@ -159,9 +163,50 @@ def test_nothing_is_evaluated_or_executed(path: Path) -> None:
     assert names & {"eval", "exec", "compile", "__import__"} == allowed
 
 
-def test_private_pytorch_is_touched_in_one_place() -> None:
-    pattern = re.compile(r"torch\._(ops|dynamo|higher_order_ops|inductor)")
-    assert [path.as_posix() for path in SOURCES if pattern.search((ROOT / path).read_text())] == ["flexattn/capture.py"]
+def private_names(source: str) -> list[str]:
+    """What a file reads from PyTorch under a name with a leading underscore, dunders aside."""
+    private = re.compile(r"^_(?!_)")
+    found = []
+    tree = ast.parse(source)
+    roots = {"torch", "Tensor"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and within(node.module or "", "torch"):
+            found += [f"{node.module}.{alias.name}" for alias in node.names if _hidden(f"{node.module}.{alias.name}")]
+            roots |= {alias.asname or alias.name for alias in node.names if alias.name[0].islower()}
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if within(alias.name, "torch") and _hidden(alias.name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private.match(node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if (isinstance(root, ast.Name) and root.id in roots) or node.attr in TENSOR_INTERNALS:
+                found.append(ast.unparse(node))
+    return found
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith("_") for part in name.split("."))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_private_pytorch_is_touched_in_one_place(path: Path) -> None:
+    found = private_names((ROOT / path).read_text())
+    assert bool(found) == (path == Path("codegen/private.py")), found
+
+
+def test_private_pytorch_is_seen() -> None:
+    for line in (
+        "from torch._ops import HigherOrderOperator",
+        "import torch.utils._pytree as pytree",
+        "from torch.utils import _pytree",
+        "torch._C.f()",
+        "torch.autograd.forward_ad._current_level",
+        "tensor._version",
+        "from torch.autograd import forward_ad\nforward_ad._current_level",
+    ):
+        assert private_names(line), line
+    assert private_names("import torch\ntorch.__version__\nself._cache.x\nmask._version_of") == []
 
 
 @pytest.mark.parametrize("thing", [pytest.param(thing, id=name) for name, thing in public_things()])

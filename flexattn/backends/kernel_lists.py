@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..block_lists import adjacent, by_column
+from ..codegen.private import version_of
 from ..templates.arguments import Lists
 
 Made = TypeVar("Made")
@@ -59,7 +60,7 @@ def _kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: 
     if (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()) or any(t.is_inference() for t in tensors):
         return make()  # a graph must contain the work; an inference tensor does not tell when it is written to
     key = (what, *map(id, tensors), *rest)
-    versions = tuple(t._version for t in tensors)
+    versions = tuple(version_of(t) for t in tensors)
     entry = _CACHE.get(key)
     if (
         entry is not None

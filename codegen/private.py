@@ -1,0 +1,103 @@
+"""Every private name of PyTorch that this library uses, and what it is used for. No other file names one.
+
+All were found unchanged in PyTorch 2.11 to 2.15. If one is missing, its use raises `UnsupportedTorch`, which says what
+cannot be done: when flexattn is imported, or for names that only some calls need, at the first such call. There is no
+other way of doing the same, so never a wrong result in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import UnsupportedTorch
+
+SUPPORTED = "2.11 to 2.15"
+
+
+class Use(NamedTuple):
+    """What a private name is needed for, when it is asked for, and how to do without the call that needs it."""
+
+    name: str
+    purpose: str
+    when: str = "import"
+    instead: str = "Install a supported version"
+
+
+USES = {
+    use.name: use
+    for use in (
+        Use("torch._ops.HigherOrderOperator", "the call that Dynamo captures"),
+        Use(
+            "torch._dynamo.variables.higher_order_ops._hop_name_to_variable_class",
+            "telling Dynamo how to capture mods",
+            "torch.compile",
+            "Call it outside the compiled region: torch.compiler.disable(flex_attention)",
+        ),
+        Use(
+            "torch._dynamo.variables.higher_order_ops.FlexAttentionHigherOrderVariable",
+            "capturing mods in Dynamo",
+            "torch.compile",
+            "Call it outside the compiled region: torch.compiler.disable(flex_attention)",
+        ),
+        Use("torch._C._AutoDispatchBelowAutograd", "the operator's autograd kernel"),
+        Use("torch._C._after_autograd_keyset", "the operator's autograd kernel"),
+        Use("torch._C._are_functorch_transforms_active", "torch.func transforms"),
+        Use("torch._C.DisableTorchFunctionSubclass", "placeholders of a trace"),
+        Use("torch.Tensor._make_wrapper_subclass", "placeholders of a trace"),
+        Use("torch.Tensor._base", "telling writes to captured tensors from writes to a mod's own"),
+        Use("torch.Tensor._version", "noticing writes to tensors that cached results were made of"),
+        Use("torch._subclasses.fake_tensor.FakeTensor", "tensors without data"),
+        Use("torch.utils._pytree.register_pytree_node", "block masks as trees of tensors"),
+        Use("torch.utils._pytree.GetAttrKey", "block masks as trees of tensors"),
+        Use("torch.autograd.forward_ad._current_level", "noticing forward-mode differentiation"),
+        Use(
+            "torch.nn.attention.flex_attention.flex_attention_hop",
+            "routing calls of torch's flex_attention here",
+            "flexattn.integrations.torch_flex",
+            "Call flexattn.flex_attention itself",
+        ),
+    )
+}
+
+
+@cache
+def find(name: str) -> Any:
+    """The object of a name in `USES`. Raises `UnsupportedTorch` if this PyTorch has none."""
+    use = USES[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        try:
+            holder = importlib.import_module(module)
+        except ModuleNotFoundError:  # a class, such as torch.Tensor
+            outer, _, inner = module.rpartition(".")
+            holder = getattr(importlib.import_module(outer), inner)
+        return getattr(holder, attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTorch(
+            f"flexattn supports PyTorch {SUPPORTED}; this is {torch.__version__}, which has no {name}. "
+            f"It is needed for {use.purpose}. {use.instead}"
+        ) from error
+
+
+HigherOrderOperator = find("torch._ops.HigherOrderOperator")
+AutoDispatchBelowAutograd = find("torch._C._AutoDispatchBelowAutograd")
+AFTER_AUTOGRAD = find("torch._C._after_autograd_keyset")
+DisableTorchFunctionSubclass = find("torch._C.DisableTorchFunctionSubclass")
+FakeTensor = find("torch._subclasses.fake_tensor.FakeTensor")
+register_pytree_node = find("torch.utils._pytree.register_pytree_node")
+GetAttrKey = find("torch.utils._pytree.GetAttrKey")
+transforms_are_active: Callable[[], bool] = find("torch._C._are_functorch_transforms_active")
+make_wrapper_subclass: Callable[..., Any] = find("torch.Tensor._make_wrapper_subclass")
+base_of: Callable[[torch.Tensor], torch.Tensor | None] = find("torch.Tensor._base").__get__
+version_of: Callable[[torch.Tensor], int] = find("torch.Tensor._version").__get__
+find("torch.autograd.forward_ad._current_level")
+
+
+def forward_mode_is_on() -> bool:
+    """Whether tensors may have tangents."""
+    return torch.autograd.forward_ad._current_level >= 0

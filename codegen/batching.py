@@ -15,30 +15,25 @@ from .spec import apply, load, substitute
 def folded(text: str, batched: Sequence[bool]) -> str:
     """The program for N batches of B entries in one: entry `b` stands for entry `b % B` of batch `b // B`.
 
-    `batched` says which captured tensors, and after them run-time floats, differ between the N; they have a new first
-    dimension of size N. B is a new run-time integer, the last one, if the text changes.
+    `batched` says which captured tensors differ between the N; they have a new first dimension of size N. B is a new
+    run-time integer, the last one, if the text changes.
     """
-    parsed = parse(text)
     b = input_node("b", DType.INT32)
-    size = _new_int(parsed.n_ints)
-    n_tensors = len(parsed.captured)
-    if any(batched[n_tensors:]):
-        raise ValueError("run-time floats are Python numbers, so they are the same for all batches")
-    rewrite = {b: apply(Op.MOD, b, size)}
-    number = apply(Op.FLOORDIV, b, size)
+    size = _new_int(text)
+    entry, number = apply(Op.MOD, b, size), apply(Op.FLOORDIV, b, size)
 
-    def visit(roots: list[Node]) -> list[Node]:
-        # Loads from the inside out: the index of one may hold another.
-        done = dict(rewrite)
-        for node in walk(*roots):
-            if node.op is Op.LOAD and batched[_position(node)]:
-                position, rank = node.args[0].value  # type: ignore[misc]
+    def change(roots: list[Node]) -> list[Node]:
+        done = {b: entry}
+        for node in walk(*roots):  # from the inside out: the index of a load may hold another one
+            if node.op is not Op.LOAD:
+                continue
+            position, rank = _tensor(node)
+            if batched[position]:
                 base = Node(Op.CAPTURED, (), node.dtype, Kind.ELEMENT, (position, rank + 1))
-                index = substitute(list(node.args[1:]), done)
-                done[node] = load(base, number, *index)
+                done[node] = load(base, number, *substitute(node.args[1:], done))
         return substitute(roots, done)
 
-    return _printed(text, visit)
+    return _changed(text, change)
 
 
 def shifted(text: str, axis: str) -> str:
@@ -47,21 +42,24 @@ def shifted(text: str, axis: str) -> str:
     n is a new run-time integer, the last one, if the text changes.
     """
     index = input_node(axis, DType.INT32)
-    moved = {index: apply(Op.ADD, index, _new_int(parse(text).n_ints))}
-    return _printed(text, lambda roots: substitute(roots, moved))
+    moved = {index: apply(Op.ADD, index, _new_int(text))}
+    return _changed(text, lambda roots: substitute(roots, moved))
 
 
-def _printed(text: str, change: Callable[[list[Node]], list[Node]]) -> str:
+def _changed(text: str, change: Callable[[list[Node]], list[Node]]) -> str:
     parsed = parse(text)
     roots = [parsed.score] if parsed.mask is None else [parsed.score, parsed.mask]
     score, *mask = change(roots)
     return print_program(score, mask[0] if mask else None, parsed.score_dtype).text
 
 
-def _position(node: Node) -> int:
-    position, _ = node.args[0].value  # type: ignore[misc]
-    return int(position)
+def _tensor(load: Node) -> tuple[int, int]:
+    """The number and the rank of the captured tensor that is loaded from."""
+    value = load.args[0].value
+    assert isinstance(value, tuple)
+    return value
 
 
-def _new_int(number: int) -> Node:
-    return Node(Op.CAST, (Node(Op.INT, (), DType.INT64, Kind.WEAK, number),), DType.INT32, Kind.SCALAR)
+def _new_int(text: str) -> Node:
+    number = Node(Op.INT, (), DType.INT64, Kind.WEAK, parse(text).n_ints)
+    return Node(Op.CAST, (number,), DType.INT32, Kind.SCALAR)

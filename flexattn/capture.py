@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, validate
+from . import ops, reference, transforms, validate
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
-from .codegen.private import HigherOrderOperator, find
+from .codegen.private import HigherOrderOperator, find, transforms_are_active
 from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe, trace
 from .debug import check_indices, debugging
@@ -60,11 +60,16 @@ def _attention(
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
     validate.captured(captured, query.device)
+    if debugging() or backend == "reference":
+        problem = Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale)
+        if debugging():
+            check_indices(problem)
+        if backend == "reference":
+            return reference.solve(problem)
     validate.no_forward_mode((query, key, value, *captured))
-    if debugging():
-        check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
+    attend = transforms.attention if transforms_are_active() else ops.FORWARD
     try:
-        result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
+        result: tuple[Tensor, Tensor, Tensor] = attend(
             query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend, options
         )
     except KernelError as error:
@@ -103,7 +108,8 @@ def block_lists(
         given = (*shape, *block_size, *unsaid, memory)
         lists: tuple[Tensor, ...] = captured_call(like, like, like, _identity, (given, mask_mod), 1.0, {"sizes": None})
         return lists
-    return _block_lists(mask_mod, shape, block_size, like, unsaid, memory, trim=type(like) is Tensor)
+    trim = type(like) is Tensor and not transforms_are_active()
+    return _block_lists(mask_mod, shape, block_size, like, unsaid, memory, trim)
 
 
 def _block_lists(

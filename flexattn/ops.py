@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
 from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
@@ -32,13 +30,13 @@ _OPERANDS = (
     "Tensor query, Tensor key, Tensor value, {}Tensor[] captured, Tensor[] block_mask, SymInt[] ints, "
     "SymInt[] block_size, str program, float scale, str backend, str options"
 )
-_LIBRARY = torch.library.Library("flexattn", "DEF")
-_LIBRARY.define(f"forward({_OPERANDS.format('')}) -> (Tensor out, Tensor lse, Tensor max_scores)")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("flexattn", "DEF")
+LIBRARY.define(f"forward({_OPERANDS.format('')}) -> (Tensor out, Tensor lse, Tensor max_scores)")
+LIBRARY.define(
     f"backward({_OPERANDS.format('Tensor out, Tensor lse, Tensor dout, Tensor? dlse, ')}, int[] wanted)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "block_mask(Tensor[] captured, SymInt[] ints, str program, SymInt[] shape, SymInt[] block_size, int memory, bool trim, "
     "Tensor like) -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
     "Tensor contiguous)",
@@ -66,13 +64,6 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks = (block_size[0], block_size[1])
     problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
-    if backend == "reference":
-        dense = reference.attention(problem)
-        return (
-            empty_like_strides(query, value.shape[-1]).copy_(dense.out),
-            dense.lse.contiguous(),
-            dense.max_scores.contiguous(),
-        )
     if backend == "triton":
         return triton_backend().forward(problem, parsed_options(options))
     return tiled.forward(problem)
@@ -103,28 +94,8 @@ def _backward(
             problem, out, lse, dout, dlse, wanted, parsed_options(options)
         )
         return dq, dk, dv, dcaptured
-    if backend == "tiled":
-        dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
-        return dq, dk, dv, dcaptured
-    # On a thread of its own: an operator's kernel may run where autograd is switched off.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_reference_backward, problem, dout, dlse, wanted).result()
-
-
-def _reference_backward(
-    problem: Problem, dout: Tensor, dlse: Tensor | None, wanted: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in problem[:3])
-        inside = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(problem.captured)]
-        dense = reference.attention(problem._replace(query=q, key=k, value=v, captured=inside))
-        wrt = [q, k, v, *(inside[i] for i in wanted)]
-        outputs, gradients = [dense.out], [dout]
-        if dlse is not None and dense.lse.requires_grad:  # it does not if the mod ignores the score
-            outputs, gradients = [dense.out, dense.lse], [dout, dlse]
-        found = torch.autograd.grad(outputs, wrt, gradients, allow_unused=True)
-    grads = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(found, wrt, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3:]
+    dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
+    return dq, dk, dv, dcaptured
 
 
 def _block_mask(
@@ -149,17 +120,17 @@ def _block_mask(
 
 
 for _name, _kernel in (("forward", _forward), ("backward", _backward), ("block_mask", _block_mask)):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flexattn::forward", lib=_LIBRARY)
+@torch.library.register_fake("flexattn::forward", lib=LIBRARY)
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = TORCH_DTYPE[variant(rest[4]).score_dtype]
     lse = query.new_empty(query.shape[:-1], dtype=dtype)
     return empty_like_strides(query, value.shape[-1]), lse, torch.empty_like(lse)
 
 
-@torch.library.register_fake("flexattn::backward", lib=_LIBRARY)
+@torch.library.register_fake("flexattn::backward", lib=LIBRARY)
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     captured, wanted = rest[4], rest[-1]
 
@@ -169,7 +140,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
     return dense(query), dense(key), dense(value), [dense(captured[i]) for i in wanted]
 
 
-@torch.library.register_fake("flexattn::block_mask", lib=_LIBRARY)
+@torch.library.register_fake("flexattn::block_mask", lib=LIBRARY)
 def _(
     captured: Sequence[Tensor],
     ints: Sequence[int],
@@ -260,10 +231,13 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "second derivatives of flex_attention are not implemented. Call backward or grad without create_graph=True, or "
-            "detach the first gradient"
-        )
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+
+NO_SECOND_DERIVATIVE = (
+    "flex_attention has no second derivative. Call backward or grad without create_graph=True, or detach the first "
+    "gradient; or use backend='reference', which is dense and has every derivative"
+)
 
 
 def _autograd(
@@ -282,4 +256,4 @@ def _autograd(
         return FORWARD.redispatch(keyset & AFTER_AUTOGRAD, query, key, value, captured, block_mask, *options)
 
 
-_LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)

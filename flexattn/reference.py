@@ -1,6 +1,6 @@
 """Dense attention in plain torch: slow, obvious, and the definition of what every backend must compute.
 
-It materialises all scores, O(L * S) memory. Differentiable by autograd.
+It materialises all scores, O(L * S) memory. Plain torch operators, so every derivative and transform of torch applies.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .block_lists import dense
 from .codegen.evaluate import TORCH_DTYPE, Inputs, evaluate
+from .layout import in_order_of
 from .problem import Problem
 
 
@@ -38,6 +39,13 @@ def listed_blocks(
         blocks = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
         elements.append(blocks[..., :L, :S])
     return elements[0], elements[1] if len(elements) > 1 else None
+
+
+def solve(problem: Problem) -> Attention:
+    """As `attention`, with the memory layouts that every backend gives its results."""
+    dense = attention(problem)
+    out = in_order_of(problem.query, dense.out)
+    return Attention(out, dense.lse.contiguous(), dense.max_scores.detach().contiguous())
 
 
 def attention(problem: Problem, products: torch.dtype | None = None) -> Attention:
@@ -76,10 +84,10 @@ def attention(problem: Problem, products: torch.dtype | None = None) -> Attentio
     def cut(loaded: Tensor) -> Tensor:
         """A masked element has no gradient, not even nan."""
         loaded = loaded.expand(B, H, L, S) if loaded.is_floating_point() else loaded
-        return _CutGradient.apply(loaded, keep) if loaded.is_floating_point() else loaded
+        return _cut_gradient(loaded, keep) if loaded.is_floating_point() else loaded
 
     inputs = Inputs(
-        {**named, "score": _CutGradient.apply(scores, keep)},
+        {**named, "score": _cut_gradient(scores, keep)},
         inputs.captured,
         inputs.floats,
         inputs.ints,
@@ -102,15 +110,6 @@ def attention(problem: Problem, products: torch.dtype | None = None) -> Attentio
     return Attention(((weights / total).to(products) @ v).to(query.dtype), lse.squeeze(-1), max_scores.squeeze(-1))
 
 
-class _CutGradient(torch.autograd.Function):
-    """The identity, whose gradient is exactly zero where `keep` is False."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(keep)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        (keep,) = ctx.saved_tensors
-        return torch.where(keep, grad, 0.0), None
+def _cut_gradient(x: Tensor, keep: Tensor) -> Tensor:
+    """`x`, whose gradient is exactly zero where `keep` is False."""
+    return torch.where(keep, x, x.detach())

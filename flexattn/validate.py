@@ -119,15 +119,18 @@ def captured(tensors: Sequence[Tensor], device: torch.device) -> None:
             )
 
 
+NO_FORWARD_MODE = (
+    "flex_attention has no forward-mode derivative (jvp, jacfwd, hessian). Use reverse mode: torch.autograd.grad, "
+    "torch.func.vjp or jacrev; or backend='reference', which is dense and has every derivative"
+)
+
+
 def no_forward_mode(tensors: Sequence[Tensor]) -> None:
     """Raise `NotImplementedError` for a tensor with a tangent: the result would silently have none."""
     if not forward_mode_is_on() or torch.compiler.is_compiling():
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "flex_attention has no forward-mode derivative (jvp, jacfwd). Use reverse mode: torch.autograd.grad, or "
-            "torch.autograd.functional.jacobian"
-        )
+        raise NotImplementedError(NO_FORWARD_MODE)
 
 
 def choices(block_mask: Any, mask_mod: Any, return_lse: bool, return_aux: Any, backend: str, scale: Any) -> None:

@@ -31,9 +31,10 @@ def run(
     double = q.dtype is torch.float64
     program, captured, ints = trace(mod, mask, score_dtype=torch.float64 if double else torch.float32)
     lists = [] if mask is None else list(block_lists(mask, (shape.B, shape.H, shape.L, shape.S), shape.block, q)[:4])
-    if backend == "plain":
+    if backend in ("plain", "reference"):
         problem = Problem(q, k, v, captured, lists, ints, shape.block, variant(program), 0.3)
-        out, lse, top = reference.attention(problem, products=q.dtype)
+        products = q.dtype if backend == "plain" else None
+        out, lse, top = reference.attention(problem, products)
     else:
         out, lse, top = ops.FORWARD(q, k, v, captured, lists, ints, shape.block, program, 0.3, backend, options)
     dout, dlse = (s.to(o.dtype) for s, o in zip(seeds, (out, lse), strict=True))

@@ -25,6 +25,9 @@ class TraceError(Exception):
             head += f": `{source}`"
         super().__init__(f"{head}\n{why}\nWrite instead: {instead}")
 
+    def __repr__(self) -> str:  # what others quote in errors of their own
+        return f"TraceError: {self}"
+
     def at(self, place: str, source: str) -> TraceError:
         """The same error with its place in the user's code."""
         return TraceError(self.what, self.why, self.instead, place, source)

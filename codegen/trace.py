@@ -80,6 +80,8 @@ def _run(role: str, mod: Callable[..., Any], recorder: Recorder, score: Node | N
             result = mod(*arguments)
         return _result(role, result, recorder)
     except TraceError as error:
+        if error.place:
+            raise
         raise locate(error, error.__traceback__, role, describe(mod)) from None
 
 
@@ -152,7 +154,10 @@ def check_arguments(role: str, mod: Any) -> None:
 
 
 def describe(mod: Any) -> str:
-    """Name and place of a callable, for messages."""
+    """Name and place of a callable, for messages; it may have a description of its own."""
+    said = getattr(mod, "described", None)
+    if isinstance(said, str):
+        return said
     inner = getattr(mod, "func", mod)
     code = getattr(inner, "__code__", None) or getattr(getattr(type(inner), "__call__", None), "__code__", None)
     name = getattr(inner, "__qualname__", type(inner).__qualname__)

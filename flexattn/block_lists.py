@@ -62,10 +62,10 @@ def positions(item: Any, size: int, dim: int) -> slice | Tensor:
     """An index of one dimension, as a slice with known ends or a tensor of non-negative positions."""
     what = ("batch", "heads", "rows of query blocks")[dim]
     if isinstance(item, slice):
-        start, stop, step = item.indices(size)
-        if step < 0:
-            return torch.arange(start, stop, step)
-        return slice(start, max(start, stop), step)
+        picked = range(size)[item]  # and not item.indices(size), which Dynamo of PyTorch 2.11 does not know
+        if picked.step < 0:
+            return torch.arange(picked.start, picked.stop, picked.step)
+        return slice(picked.start, max(picked.start, picked.stop), picked.step)
     if isinstance(item, int) and not isinstance(item, bool):
         if not -size <= item < size:
             raise IndexError(f"index {item} is out of range for {what} of size {size}")

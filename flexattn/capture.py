@@ -21,6 +21,7 @@ from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe, trace
 from .debug import check_indices, debugging
 from .errors import KernelError
+from .graph_mod import GraphMod, explaining
 from .problem import Problem
 
 
@@ -39,9 +40,12 @@ def attention(
     """Output, lse and max_scores of an attention call whose arguments have been validated."""
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
-        blocks = (*block_mask, mask_mod or _full)
+        # Dynamo makes the score that a mod gets from the first operand: its dtype, and no gradient, so that mods may write.
+        like = query.new_empty((), dtype=torch.float64 if query.dtype is torch.float64 else torch.float32)
+        blocks = (query, key, value, *block_mask, _full if mask_mod is None else mask_mod)
         given = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend, "options": options}
-        return captured_call(query, key, value, score_mod or _identity, blocks, scale, {**given, "sizes": block_size})
+        modify = _identity if score_mod is None else _on_a_copy(score_mod)
+        return captured_call(like, like, like, modify, blocks, scale, {**given, "sizes": block_size})
     return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend, options)
 
 
@@ -139,6 +143,15 @@ def _identity(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
     return score
 
 
+def _on_a_copy(score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The mod on a score of its own: Dynamo lets nobody write to the input of a graph."""
+
+    def modify(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score.clone(), b, h, q_idx, kv_idx)
+
+    return modify
+
+
 def _full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return b.new_ones((), dtype=torch.bool)
 
@@ -151,9 +164,9 @@ class _CapturedCall(HigherOrderOperator):  # type: ignore[misc,valid-type]
 
     def __call__(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        like: Tensor,
+        _key: Tensor,
+        _value: Tensor,
         score_graph: Callable[..., Tensor],
         blocks: tuple[Any, ...],
         scale: float,
@@ -161,18 +174,15 @@ class _CapturedCall(HigherOrderOperator):  # type: ignore[misc,valid-type]
         score_captured: tuple[Any, ...] = (),
         mask_captured: tuple[Any, ...] = (),
     ) -> Any:
-        *lists, mask_graph = blocks
+        *given, mask_graph = blocks
 
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return _single(score_graph(score, b, h, q_idx, kv_idx, *score_captured))
-
-        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return _single(mask_graph(b, h, q_idx, kv_idx, *mask_captured))
-
+        score_mod = GraphMod("score_mod", score_graph, score_captured)
+        mask_mod = GraphMod("mask_mod", mask_graph, mask_captured)
         if options["sizes"] is None:
-            *shape, q_block, kv_block, b_unsaid, h_unsaid, memory = lists[0]
+            *shape, q_block, kv_block, b_unsaid, h_unsaid, memory = given[0]
             unsaid = b_unsaid, h_unsaid
-            return _block_lists(mask_mod, shape, (q_block, kv_block), query, unsaid, memory, trim=False)
+            return _block_lists(mask_mod, shape, (q_block, kv_block), like, unsaid, memory, trim=False)
+        query, key, value, *lists = given
         return _attention(
             query,
             key,
@@ -187,11 +197,6 @@ class _CapturedCall(HigherOrderOperator):  # type: ignore[misc,valid-type]
         )
 
 
-def _single(result: Any) -> Tensor:
-    value: Tensor = result[0] if isinstance(result, tuple) else result
-    return value
-
-
 captured_call = _CapturedCall()
 
 
@@ -199,7 +204,7 @@ captured_call = _CapturedCall()
 def ensure_registered() -> bool:
     """Tell Dynamo how to capture our operator. Run for real while Dynamo traces; leaves nothing in the graph."""
     dynamo = "torch._dynamo.variables.higher_order_ops"
-    find(f"{dynamo}._hop_name_to_variable_class")[captured_call.__name__] = find(
-        f"{dynamo}.FlexAttentionHigherOrderVariable"
-    )
+    table = find(f"{dynamo}._hop_name_to_variable_class")
+    if captured_call.__name__ not in table:
+        table[captured_call.__name__] = explaining(find(f"{dynamo}.FlexAttentionHigherOrderVariable"))
     return True

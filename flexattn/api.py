@@ -196,11 +196,7 @@ def flex_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
     device = tensors[0].device.type
-    if (
-        not _has_autocast(device)
-        or not torch.is_autocast_enabled(device)
-        or tensors[0].dtype is torch.float64
-    ):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) for t in tensors)

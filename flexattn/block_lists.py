@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codegen.private import transforms_are_active
 from .codegen.tile_lists import Segments, lists_of
 
 _DENSE = 1 << 20  # blocks of which an array costs less than to wait for a device
@@ -26,7 +27,11 @@ def by_column(count: Tensor, index: Tensor, columns: int) -> tuple[Tensor, Tenso
     For long sequences, in eager code, as narrow as the longest allows and made without an array of all blocks.
     """
     B, H, rows = count.shape
-    fixed = torch.compiler.is_compiling() or (count.is_cuda and torch.cuda.is_current_stream_capturing())
+    fixed = (
+        torch.compiler.is_compiling()
+        or transforms_are_active()
+        or (count.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
     if fixed or count.numel() * columns <= _DENSE:
         listed = dense(count, index, columns).mT
         order = torch.argsort(listed.int(), dim=-1, descending=True, stable=True).to(torch.int32)
@@ -89,7 +94,9 @@ def block_size(size: Any) -> tuple[int, int]:
 
 
 def has_data(t: Tensor) -> bool:
-    """Whether a tensor can be looked at: not one of a trace, nor on the meta device."""
+    """Whether a tensor can be looked at: not one of a trace or a transform, nor on the meta device."""
+    if torch.compiler.is_compiling() or transforms_are_active():
+        return False
     return type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta
 
 

@@ -62,6 +62,8 @@ def _attention(
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+    if isinstance(scale, torch.SymFloat):  # operators take no symbolic floats, but programs do
+        score_mod, scale = _scaled(score_mod, scale), 1.0
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
     validate.captured(captured, query.device)
     if debugging() or backend == "reference":
@@ -148,6 +150,14 @@ def _on_a_copy(score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def modify(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score_mod(score.clone(), b, h, q_idx, kv_idx)
+
+    return modify
+
+
+def _scaled(score_mod: Callable[..., Tensor] | None, scale: torch.SymFloat) -> Callable[..., Tensor]:
+    def modify(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        score = score * scale
+        return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
 
     return modify
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import validate
+from .codegen.derivative import derivative
 from .codegen.emit import functions
 from .codegen.formula import formula, gradients, inline
 from .codegen.pipeline import Variant, variant
@@ -114,7 +115,7 @@ def explain(
         tuple(lines),
         formula(roots, names),
         _blocks(parsed, names),
-        _derivative(parsed.derivative, names),
+        _derivative(derivative(parsed.score), names),
         _functions(parsed, captured),
         _kernels(parsed, captured, ints, dtype, head_dim, target),
         _backend(parsed),

@@ -44,7 +44,9 @@ class GraphMod:
         """The user's function, for messages: its name and the line of its result."""
         nodes = [n for n in self._nodes() if n.op != "output"]
         frame = _frame(nodes[-1]) if nodes else None
-        return "in a compiled function" if frame is None else f"`{frame['function']}` at {frame['file']}:{frame['line']}"
+        return (
+            "in a compiled function" if frame is None else f"`{frame['function']}` at {frame['file']}:{frame['line']}"
+        )
 
     def _nodes(self) -> list[torch.fx.Node]:
         return list(self.graph.graph.nodes) if isinstance(self.graph, torch.fx.GraphModule) else []

@@ -106,9 +106,10 @@ def offset(mask: BlockMask, q: Any, kv: Any, Q_LEN: int | None, KV_LEN: int | No
     lengths, B = [], mask.sizes[0]
     for name, by, given, length in zip(("q", "kv"), (q, kv), (Q_LEN, KV_LEN), mask.seq_lengths, strict=True):
         moves = by if isinstance(by, Tensor) else torch.tensor(by)
+        furthest = int(moves.max()) if has_data(moves) and moves.numel() else 0 if isinstance(by, Tensor) else by
         if moves.is_floating_point() or moves.dtype is torch.bool or moves.dim() > 1:
             raise ValueError(f"offset({name}={by!r}): an offset is an int, or an integer tensor: 0-d, or [B]")
-        if has_data(moves) and moves.numel() and bool((moves < 0).any()):
+        if (has_data(moves) and moves.numel() and bool((moves < 0).any())) or furthest < 0:
             raise ValueError(
                 f"offset({name}={by}): an offset is 0 or more, a position in the mask it is an offset into"
             )
@@ -119,9 +120,9 @@ def offset(mask: BlockMask, q: Any, kv: Any, Q_LEN: int | None, KV_LEN: int | No
                 raise ValueError(f"offset({name}=...) has {len(moves)} entries, the mask has B = {B}")
             B = len(moves)
         lengths.append(max(0, length - by) if given is None else given)
-        if not mask.is_exact and int(moves.max()) + lengths[-1] > length:
+        if not mask.is_exact and furthest + lengths[-1] > length:
             raise ValueError(
-                f"offset({name}=...) reaches position {int(moves.max()) + lengths[-1]} of a mask for {length}, whose lists "
+                f"offset({name}=...) reaches position {furthest + lengths[-1]} of a mask for {length}, whose lists "
                 "say nothing of it. Build the mask with create_block_mask, from a function that does"
             )
     sizes = (B, mask.sizes[1])

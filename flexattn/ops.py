@@ -49,6 +49,22 @@ def triton_backend() -> Any:
     return importlib.import_module(f"{__package__}.backends.triton")
 
 
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor] | None,
+    block_mask: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    block_size: Sequence[int],
+    program: str,
+    scale: float,
+) -> Problem:
+    # AOTInductor packages give None for an empty list.
+    blocks = (block_size[0], block_size[1])
+    return Problem(query, key, value, captured or (), block_mask or (), ints or (), blocks, variant(program), scale)
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -62,8 +78,7 @@ def _forward(
     backend: str,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = (block_size[0], block_size[1])
-    problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
+    problem = _problem(query, key, value, captured, block_mask, ints, block_size, program, scale)
     if backend == "triton":
         return triton_backend().forward(problem, parsed_options(options))
     return tiled.forward(problem)
@@ -87,8 +102,7 @@ def _backward(
     options: str,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    blocks = (block_size[0], block_size[1])
-    problem = Problem(query, key, value, captured, block_mask, ints, blocks, variant(program), scale)
+    problem = _problem(query, key, value, captured, block_mask, ints, block_size, program, scale)
     if backend == "triton":
         dq, dk, dv, dcaptured = triton_backend().backward(
             problem, out, lse, dout, dlse, wanted, parsed_options(options)
@@ -111,6 +125,7 @@ def _block_mask(
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a block mask cannot be built inside a CUDA graph; build it before the graph is captured")
     B, H, Q, KV = shape
+    captured, ints = captured or (), ints or ()  # None for an empty list, from an AOTInductor package
     parsed, size = variant(program), (block_size[0], block_size[1])
     if parsed.mask is not None and B * H * Q * KV:
         check_reach(parsed.mask, captured, ints, {"b": B, "h": H, "q_idx": Q, "kv_idx": KV})
@@ -249,6 +264,9 @@ def _autograd(
     block_mask: Sequence[Tensor],
     *options: Any,
 ) -> Any:
+    captured, block_mask = captured or (), block_mask or ()  # None for an empty list, from an AOTInductor package
+    ints, *rest = options
+    options = ints or (), *rest
     tensors = (query, key, value, *captured)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Attention.apply(keyset, len(captured), options, *tensors, *block_mask)  # type: ignore[no-untyped-call]

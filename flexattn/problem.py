@@ -22,7 +22,7 @@ class Problem(NamedTuple):
         ints: the variant's run-time integers.
         block_size: (queries, keys) of a block.
         variant: what to compute.
-        scale: factor of the dot products.
+        given_scale: factor of the dot products, beside the variant's own `scale`.
     """
 
     query: Tensor
@@ -33,7 +33,13 @@ class Problem(NamedTuple):
     ints: Sequence[int]
     block_size: tuple[int, int]
     variant: Variant
-    scale: float
+    given_scale: float
+
+    @property
+    def scale(self) -> float:
+        """Factor of the dot products, of which the variant's `unscaled` score is a function."""
+        number = self.variant.scale
+        return self.given_scale if number is None else self.given_scale * float(self.floats[number])
 
     @property
     def tensors(self) -> Sequence[Tensor]:

@@ -64,7 +64,7 @@ def attention(problem: Problem, products: torch.dtype | None = None) -> Attentio
     products = products or dtype
     q, k, v = (t.to(products) for t in (query, key, value))
     k, v = (t.repeat_interleave(group, dim=1).expand(B, -1, -1, -1) for t in (k, v))
-    scores = (q @ k.mT).to(dtype) * problem.scale
+    scores = (q @ k.mT).to(dtype) * problem.given_scale
 
     # Indices of full size, so that the gradient of each loaded element can be cut where it is masked.
     axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (B, H, L, S)]

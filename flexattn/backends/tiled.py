@@ -39,7 +39,7 @@ class Forward(NamedTuple):
 
 def additive_bias(variant: Variant) -> Node | None:
     """`bias`, where the modified score is `score + bias` and the bias does not depend on the score."""
-    node = variant.score
+    node = variant.unscaled
     if node.op is Op.ADD:
         for score, bias in ((node.lhs, node.rhs), (node.rhs, node.lhs)):
             if score.op is Op.INPUT and score.value == "score" and "score" not in bias.axes:
@@ -201,7 +201,7 @@ class Walk:
             result = raw
         else:
             inputs = chunk.inputs.fork({"score": tile})
-            (score,) = evaluate([self.variant.score], inputs, self.pool)
+            (score,) = evaluate([self.variant.unscaled], inputs, self.pool)
             result = self.pool.take(raw.shape, self.dtype)
             torch.mul(score.expand(tile.shape), LOG2E, out=self.tile_view(part, result))
             self.pool.give(score)

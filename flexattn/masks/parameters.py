@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..block_lists import has_data  # noqa: F401, of the masks
+
 
 def described(value: Any) -> str:
     """A parameter as an error message shows it: a tensor by its dtype and shape."""
@@ -21,11 +23,6 @@ def is_integer(value: Any) -> bool:
 def holds_integers(t: Tensor) -> bool:
     """A tensor of positions, ids or counts."""
     return not (t.is_floating_point() or t.is_complex() or t.dtype is torch.bool)
-
-
-def has_data(t: Tensor) -> bool:
-    """Whether values can be looked at: not while compiling, nor in a tensor without storage."""
-    return not torch.compiler.is_compiling() and type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta
 
 
 def check_integers(what: str, value: Any, dims: tuple[int, ...], expected: str) -> None:

@@ -34,7 +34,7 @@ def mod(dtype: DType, ops: list[Op]) -> Variant:
         total = apply(Op.ADD, total, Node(Op.CAST, (value,), DType.FLOAT32, Kind.ELEMENT))
     chosen = apply(Op.WHERE, Node(Op.CAST, (a,), DType.BOOL, Kind.ELEMENT), a, b)
     total = apply(Op.ADD, total, Node(Op.CAST, (chosen,), DType.FLOAT32, Kind.ELEMENT))
-    return Variant("", total, None, DType.FLOAT32, ((dtype, 1), (dtype, 1)), 0, 0)
+    return Variant("", total, None, DType.FLOAT32, ((dtype, 1), (dtype, 1)), 0, 0, total, None)
 
 
 def failure(target_name: str, dtype: DType, ops: list[Op]) -> str:

@@ -165,7 +165,12 @@ def table_of(op: Op, dtype: DType) -> tuple[Variant, list[Tensor]]:
     ]
     root = Node(Op.CAST, (apply(op, *reads),), DType.FLOAT32, Kind.ELEMENT)
     captured = [values_of(op, dtype, bool(i)) for i in range(len(reads))]
-    return Variant("", root, None, DType.FLOAT32, tuple((dtype, 1) for _ in reads), 0, 0), captured
+    return Variant("", root, None, DType.FLOAT32, tuple((dtype, 1) for _ in reads), 0, 0, root, None), captured
+
+
+def of_constant(value: float) -> Variant:
+    root = const(value, DType.FLOAT32)
+    return Variant("", root, None, DType.FLOAT32, (), 0, 0, root, None)
 
 
 @pytest.mark.parametrize(("op", "dtype"), CASES, ids=lambda x: x.value)
@@ -226,7 +231,7 @@ def test_a_tensor_with_more_elements_than_32_bits_count_is_indexed_by_64_bits() 
 
 def test_a_constant_that_float32_does_not_hold_is_infinite() -> None:
     for value, text in ((1e39, 'float("inf")'), (-1e39, 'float("-inf")'), (3e38, "3e+38")):
-        v = Variant("", const(value, DType.FLOAT32), None, DType.FLOAT32, (), 0, 0)
+        v = of_constant(value)
         assert text in functions(v).score_mod.source
 
 
@@ -238,7 +243,7 @@ def test_nan_passes_through_maximum_and_minimum_on_every_device() -> None:
 
 
 def test_a_constant_score_has_the_shape_of_the_tile() -> None:
-    v = Variant("", const(2.5, DType.FLOAT32), None, DType.FLOAT32, (), 0, 0)
+    v = of_constant(2.5)
     out = torch.zeros(L, S)
     apply_score_mod[(1,)](out, torch.randn(L, S), 0, 0, (), L, S, jitted(functions(v)).score_mod, TILE, TILE)
     assert bool((out == 2.5).all())

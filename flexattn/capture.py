@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, validate
+from . import ops, sharded, validate
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import HigherOrderOperator, find
@@ -61,6 +61,10 @@ def _attention(
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
     validate.captured(captured, query.device)
     validate.no_forward_mode((query, key, value, *captured))
+    split = None
+    if sharded.involved(query, key, value, *captured):
+        split = sharded.split(sharded.Operands(query, key, value, captured, block_mask, ints, program), block_size)
+        query, key, value, captured, block_mask, ints, program = split.operands
     if debugging():
         check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
     try:
@@ -69,7 +73,7 @@ def _attention(
         )
     except KernelError as error:
         raise _placed(error, score_mod, mask_mod, variant(program)) from error.__cause__
-    return result
+    return result if split is None else split.join(result)
 
 
 def _placed(
@@ -126,6 +130,7 @@ def _block_lists(
                 f"Pass the number of {'batch entries' if axis == 'b' else 'query heads'} as {size}"
             )
     kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
+    captured = sharded.whole(captured)
     return ops.block_mask(captured, ints, program, (*kept, *shape[2:]), block_size, like, memory, trim)
 
 

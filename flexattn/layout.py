@@ -12,6 +12,10 @@ def empty_like_strides(query: Tensor, last: int) -> Tensor:
     A query that is a transposed [B, L, H, E] gives an output that is one too, so merging the heads costs no copy.
     """
     shape = (*query.shape[:-1], last)
+    return torch.empty_permuted(shape, order_in_memory(query), dtype=query.dtype, device=query.device)
+
+
+def order_in_memory(query: Tensor) -> list[int]:
+    """The dimensions of the query's output, the outermost first."""
     strides: tuple[int, ...] = query.stride()
-    order = sorted(range(query.dim() - 1), key=lambda d: (-strides[d], d))
-    return torch.empty_permuted(shape, (*order, query.dim() - 1), dtype=query.dtype, device=query.device)
+    return [*sorted(range(query.dim() - 1), key=lambda d: (-strides[d], d)), query.dim() - 1]

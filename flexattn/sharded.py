@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .codegen.batching import plain_dimensions, shifted
 from .codegen.program import parse
+from .layout import order_in_memory
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -112,17 +113,17 @@ class Sharding(NamedTuple):
         made: Tensor = t.redistribute(placements=wanted).to_local(grad_placements=of_gradient)
         return made
 
-    def joined(self, t: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The DTensor of results [b, h, q_idx, ...], of which this is the rank's part. `sizes`: the global ones."""
+    def joined(self, t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+        """The DTensor of a result [b, h, q_idx, ...], of which this is the rank's part, of a shape and order in memory."""
         from torch.distributed.tensor import DTensor
 
-        order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
-        shape = torch.Size((*sizes, *t.shape[3:]))
-        stride, step = [0] * t.dim(), 1
+        stride, step = [0] * len(shape), 1
         for d in reversed(order):
-            stride[d], step = step, step * shape[d]
-        # Given, since from the parts it could not be told where they are uneven.
-        return DTensor.from_local(t, self.mesh, self.placements, run_check=False, shape=shape, stride=tuple(stride))
+            stride[d], step = step, step * max(shape[d], 1)
+        # Both are given, since from the parts they could not be told where those are uneven.
+        return DTensor.from_local(
+            t, self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        )
 
 
 class Split(NamedTuple):
@@ -130,12 +131,15 @@ class Split(NamedTuple):
 
     operands: Operands
     sharding: Sharding
-    sizes: tuple[int, int, int]
+    query: Tensor  # the DTensor
 
     def join(self, results: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Output, lse and max_scores as DTensors with the query's placements."""
-        out, lse, max_scores = (self.sharding.joined(t, self.sizes) for t in results)
-        return out, lse, max_scores
+        out, *statistics = results
+        sizes = self.query.shape[:-1]
+        made = self.sharding.joined(out, (*sizes, out.shape[-1]), order_in_memory(self.query))
+        lse, max_scores = (self.sharding.joined(t, sizes, range(3)) for t in statistics)
+        return made, lse, max_scores
 
 
 def split(whole_call: Operands, block_size: Sequence[int]) -> Split:
@@ -172,7 +176,7 @@ def split(whole_call: Operands, block_size: Sequence[int]) -> Split:
         ints,
         program,
     )
-    return Split(local, sharding, sizes)
+    return Split(local, sharding, query)
 
 
 # ---- the query's sharding

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from ranks import scenario
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-import flexattn
-from flexattn import AuxRequest, flex_attention
+from flexattn import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 B, H, L, S, E = 3, 4, 40, 48, 8
 Mods = Callable[..., dict[str, Any]]
@@ -85,7 +85,7 @@ def check(
     assert not aux.max_scores.requires_grad
     for result, expected in ((made, out), (aux.lse, lse), (aux.max_scores, max_scores)):
         assert isinstance(result, DTensor) and list(result.placements) == list(placements), result.placements
-        assert result.shape == expected.shape and result.stride() == expected.stride()
+        assert result.shape == expected.shape
         torch.testing.assert_close(result.full_tensor(), expected)
     torch.autograd.backward(
         [made, aux.lse], [distribute_tensor(d_out, mesh, placements), distribute_tensor(d_lse, mesh, placements)]
@@ -143,3 +143,185 @@ def parts_may_be_uneven_or_empty() -> None:
         for mods in ALL_MODS:
             for placement in (Shard(0), Shard(1)):
                 check(ring(), [placement], mods, qkv(b, h), tensors(b, h))
+
+
+@scenario()
+def grouped_and_shared_heads_and_shared_batches() -> None:
+    for kv_h, kv_b in ((2, B), (1, B), (2, 1), (1, 1), (H, 1)):
+        for placement in (Shard(0), Shard(1), Shard(2)):
+            check(
+                ring(),
+                [placement],
+                by_arithmetic,
+                qkv(kv_h=kv_h, kv_b=kv_b),
+                tensors(),
+                kv_placements=[Replicate()],
+                enable_gqa=True,
+            )
+
+
+def block_mask(size: int = 8) -> tuple[Tensor, BlockMask]:
+    """A mask that differs between batch entries and heads, and what it reads."""
+    lengths = torch.tensor([40, 17, 5])
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j < lengths[b]) & (j <= i + 4 * h)
+
+    return lengths, create_block_mask(mask_mod, B, H, L, S, "cpu", size)
+
+
+@scenario()
+def block_masks_are_cut_to_the_part_of_a_rank() -> None:
+    _, made = block_mask()
+    of_batches = create_block_mask(lambda b, h, i, j: j <= i + 3 * b, B, None, L, S, "cpu", 8)
+    of_heads = create_block_mask(lambda b, h, i, j: j <= i + 3 * h, None, H, L, S, "cpu", (4, 16))
+    lists_alone = BlockMask.from_kv_blocks(*made.kv_lists(), BLOCK_SIZE=8, seq_lengths=(L, S))
+    for mask in (made, of_batches, of_heads, lists_alone):
+        for placement in (Shard(0), Shard(1), Replicate()):
+            check(ring(), [placement], by_plain_index, qkv(), tensors(), block_mask=mask)
+    for mask in (of_heads, create_block_mask(lambda b, h, i, j: j <= i + 3 * h, None, H, L, S, "cpu", (10, 16))):
+        check(ring(), [Shard(2)], by_all_but_mask, qkv(), tensors(), kv_placements=[Replicate()], block_mask=mask)
+
+
+def by_all_but_mask(**captured: Tensor) -> dict[str, Any]:
+    return {"score_mod": by_all(**captured)["score_mod"]}
+
+
+@scenario()
+def block_masks_may_hold_dtensors() -> None:
+    mesh = ring()
+    operands, captured = qkv(), tensors()
+    _, made = block_mask()
+    mods = by_plain_index(**captured)
+    expected = flex_attention(*operands, **mods, block_mask=made)
+    for held in (Replicate(), Shard(0), Shard(1), Shard(2)):
+        lists = [distribute_tensor(t, mesh, [held]) for t in made.kv_lists()]
+        mask = BlockMask((L, S), *lists, made.BLOCK_SIZE, made.mask_mod)
+        for placement in (Shard(0), Shard(1), Replicate()):
+            q, k, v = (distribute_tensor(t, mesh, [placement]) for t in operands)
+            torch.testing.assert_close(flex_attention(q, k, v, **mods, block_mask=mask).full_tensor(), expected)
+
+
+@scenario()
+def masks_may_read_dtensors() -> None:
+    mesh = ring()
+    operands = qkv()
+    lengths = torch.tensor([40, 17, 5])
+    expected = flex_attention(*operands, mask_mod=lambda b, h, i, j: j < lengths[b])
+    for held in (Shard(0), Replicate()):
+        held_lengths = distribute_tensor(lengths.clone(), mesh, [held])
+        for placement in (Shard(0), Shard(1)):
+            q, k, v = (distribute_tensor(t, mesh, [placement]) for t in operands)
+            for _ in range(2):  # the second time the block mask comes from the cache
+                out = flex_attention(q, k, v, mask_mod=lambda b, h, i, j: j < held_lengths[b])
+                torch.testing.assert_close(out.full_tensor(), expected)
+        with torch.no_grad():
+            held_lengths.sub_(4)
+        out = flex_attention(q, k, v, mask_mod=lambda b, h, i, j: j < held_lengths[b])
+        changed = flex_attention(*operands, mask_mod=lambda b, h, i, j: j < lengths[b] - 4)
+        torch.testing.assert_close(out.full_tensor(), changed)
+
+
+@scenario()
+def layouts_dtypes_and_backends() -> None:
+    mesh = ring()
+    for placement in (Shard(0), Shard(1)):
+        check(mesh, [placement], by_all, qkv(h=3), tensors(h=3), backend="reference", scale=0.2)
+        # As a model makes them: [batch, length, heads, head_dim], seen from another side.
+        operands = qkv(h=3)
+        before = [Shard({0: 0, 1: 2}[placement.dim])]
+        q, k, v = (distribute_tensor(t.transpose(1, 2).contiguous(), mesh, before).transpose(1, 2) for t in operands)
+        out, lse = flex_attention(q, k, v, return_lse=True)
+        expected = flex_attention(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands))
+        assert out.stride() == expected.stride() and lse.is_contiguous()
+        assert out.transpose(1, 2).is_contiguous() and out.to_local().transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(out.full_tensor(), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = flex_attention(*(t.float() for t in (q, k, v)))
+        assert out.dtype is torch.bfloat16 and out.to_local().dtype is torch.bfloat16
+
+
+@scenario()
+def no_data_moves_that_a_rank_does_not_need() -> None:
+    """A captured DTensor that lies along the query's heads: no collective, and a gradient that lies there too."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = ring()
+    q, k, v = (distribute_tensor(t, mesh, [Shard(1)]).requires_grad_() for t in qkv())
+    slopes = distribute_tensor(torch.randn(H).double(), mesh, [Shard(0)]).requires_grad_()
+    with CommDebugMode() as counted:
+        out = flex_attention(q, k, v, lambda s, b, h, i, j: s + slopes[h] * j)
+        out.backward(distribute_tensor(torch.ones(out.shape).double(), mesh, [Shard(1)], src_data_rank=None))
+    assert counted.get_total_counts() == 0, counted.get_comm_counts()
+    assert slopes.grad is not None and slopes.grad.placements == (Shard(0),)
+    assert slopes.grad.to_local().shape == (H // 2,)
+
+
+@scenario()
+def what_cannot_be_computed_is_refused_on_every_rank() -> None:
+    mesh = ring()
+    plain = qkv()
+    q, k, v = (distribute_tensor(t, mesh, [Shard(1)]) for t in plain)
+    whole = [Replicate()]
+    total = DTensor.from_local(plain[0], mesh, [Partial()])
+    local = torch.zeros(H // 2).double()
+    held = distribute_tensor(torch.zeros(H).double(), mesh, whole)
+    other_mesh = init_device_mesh("cpu", (2, 1))
+    elsewhere = distribute_tensor(plain[1], other_mesh, [Replicate(), Replicate()])
+    six, _, _ = (distribute_tensor(t, mesh, [Shard(1)]) for t in qkv(h=6))
+    three = [distribute_tensor(t, mesh, whole) for t in qkv(kv_h=3)[1:]]
+    rows = create_block_mask(lambda b, h, i, j: i >= j, None, None, L, S, "cpu", 16)
+    by_query = distribute_tensor(plain[0], mesh, [Shard(2)])
+
+    def slopes(t: Tensor) -> Any:
+        return lambda s, b, h, i, j: s + t[h]
+
+    for call, kind, message in (
+        (lambda: flex_attention(q, k, plain[2]), TypeError, "query is a DTensor, key is a DTensor, value is a plain tensor"),
+        (lambda: flex_attention(plain[0], k, v), TypeError, "query is a plain tensor, key is a DTensor"),
+        (lambda: flex_attention(*plain, slopes(held)), TypeError, r"captures a DTensor of shape \(4,\).*full_tensor"),
+        (lambda: flex_attention(q, elsewhere, v), ValueError, "key of shape .* is on another mesh"),
+        (
+            lambda: flex_attention(q.redistribute(placements=[Shard(3)]), k, v),
+            ValueError,
+            r"head_dim on dimension 0 \('ranks'\).*redistribute\(placements=\[Replicate\(\)\]\)",
+        ),
+        (lambda: flex_attention(total, k, v), ValueError, r"is a sum whose terms .*redistribute\(placements"),
+        (
+            lambda: flex_attention(six, *three, enable_gqa=True),
+            ValueError,
+            r"6 heads are sharded over 2 ranks, and 3 key and value heads.*repeat_interleave\(2, 1\)",
+        ),
+        (lambda: flex_attention(q, k, v, slopes(local)), ValueError, r"plain tensor of shape \(2,\) at h, which goes up to 3"),
+        (lambda: flex_attention(by_query, k, v, block_mask=rows), ValueError, "begin at 20, inside a block of 16"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+
+
+@scenario()
+def compiled_calls_take_dtensors() -> None:
+    compiled = torch.compile(flex_attention, fullgraph=True, backend="aot_eager")
+    mesh = ring()
+    _, made = block_mask()
+    for placement in (Shard(0), Shard(1)):
+        check(mesh, [placement], by_all_but_mask, qkv(), tensors(), call=compiled, block_mask=made)
+        torch._dynamo.reset()
+    held = lambda name, t: distribute_tensor(t, mesh, [Shard(0)])
+    check(mesh, [Shard(1)], by_plain_index, qkv(), tensors(), held, call=compiled)
+
+
+@scenario(world=4)
+def a_mesh_of_two_dimensions() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    held = lambda name, t: distribute_tensor(t, mesh, [Replicate(), Shard(0)])
+    for placements in (
+        [Shard(0), Shard(1)],
+        [Shard(1), Shard(0)],
+        [Shard(0), Shard(0)],
+        [Shard(1), Shard(1)],
+        [Replicate(), Shard(1)],
+        [Shard(0), Shard(2)],
+    ):
+        check(mesh, placements, by_all, qkv(), tensors(), kv_placements=[Replicate(), Shard(0)])
+        check(mesh, placements, by_arithmetic, qkv(5, 3), tensors(5, 3), held)

@@ -51,6 +51,12 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().full_tensor() if involved(t) else t for t in tensors]  # type: ignore[attr-defined]
 
 
+def is_freed(parameter: Tensor) -> bool:
+    """Whether a parameter is one of `fully_shard` outside the forward that it is whole in."""
+    fsdp = "torch.distributed.fsdp" in sys.modules
+    return fsdp and parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0
+
+
 class Part(NamedTuple):
     """Which indices of an axis a rank has."""
 

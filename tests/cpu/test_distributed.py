@@ -1,12 +1,16 @@
-"""Attention on several processes equals attention on one. The scenarios are in tests/ranks_*.py."""
+"""Attention on several processes equals attention on one. The scenarios are in tests/ranks_dtensor.py and ranks_models.py."""
 
 from __future__ import annotations
 
 import pytest
-from ranks import failures
+import torch
+from ranks import failures, named
 
 
-@pytest.mark.parametrize(("scenarios", "world"), [("ranks_dtensor", 2), ("ranks_dtensor", 4)])
-def test_every_rank_agrees_with_one_process(scenarios: str, world: int) -> None:
-    failed = failures(scenarios, world)
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed")
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_rank_agrees_with_one_process(world: int) -> None:
+    names = named(world)
+    assert names
+    failed = failures(world, names)
     assert not failed, failed

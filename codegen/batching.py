@@ -32,7 +32,7 @@ def folded(text: str, batched: Sequence[bool]) -> str:
         done = dict(rewrite)
         for node in walk(*roots):
             if node.op is Op.LOAD and batched[_position(node)]:
-                position, rank = node.args[0].value  # type: ignore[misc]
+                position, rank = _captured(node)
                 base = Node(Op.CAPTURED, (), node.dtype, Kind.ELEMENT, (position, rank + 1))
                 index = substitute(list(node.args[1:]), done)
                 done[node] = load(base, number, *index)
@@ -81,9 +81,15 @@ def _printed(text: str, change: Callable[[list[Node]], list[Node]]) -> str:
     return print_program(score, mask[0] if mask else None, parsed.score_dtype).text
 
 
-def _position(node: Node) -> int:
-    position, _ = node.args[0].value  # type: ignore[misc]
-    return int(position)
+def _captured(load: Node) -> tuple[int, int]:
+    """Number and rank of the tensor that a load reads."""
+    value = load.args[0].value
+    assert isinstance(value, tuple)
+    return value
+
+
+def _position(load: Node) -> int:
+    return _captured(load)[0]
 
 
 def _new_int(number: int) -> Node:

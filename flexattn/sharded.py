@@ -12,10 +12,11 @@ import itertools
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .codegen.batching import plain_dimensions, shifted
 from .codegen.program import parse
@@ -29,21 +30,17 @@ AXES = ("b", "h", "q_idx")  # of a query's dimensions 0, 1 and 2
 NAMES = ("query", "key", "value")
 
 
-def _dtensor() -> Any:
-    """The class DTensor; None where nothing imported it, so that there are none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else module.DTensor
-
-
 def involved(*tensors: Tensor) -> bool:
-    """Whether there is a DTensor among these."""
-    kind = _dtensor()
-    if kind is None:
-        return False
-    for t in tensors:  # a loop, and the usual type first: this is asked at every call
-        if type(t) is not Tensor and isinstance(t, kind):
+    """Whether there is a DTensor among these. Imports nothing."""
+    for t in tensors:  # noqa: SIM110  # a generator takes twice as long, and this is asked at every call
+        if type(t) is not Tensor and type(t) is not Parameter and _is_dtensor(t):
             return True
     return False
+
+
+def _is_dtensor(t: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -53,8 +50,7 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def is_freed(parameter: Tensor) -> bool:
     """Whether a parameter is one of `fully_shard` outside the forward that it is whole in."""
-    fsdp = "torch.distributed.fsdp" in sys.modules
-    return fsdp and parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0
+    return parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0
 
 
 class Part(NamedTuple):
@@ -70,9 +66,9 @@ class Operands(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    captured: Sequence[Tensor]
+    captured: list[Tensor]
     block_mask: Sequence[Tensor]
-    ints: Sequence[int]
+    ints: list[int]
     program: str
 
 
@@ -98,7 +94,7 @@ class Sharding(NamedTuple):
         """Placements of a tensor that has these dimensions for some axes, and is needed whole but for them."""
         from torch.distributed.tensor import Replicate, Shard
 
-        return tuple(Shard(dimensions[a]) if a in dimensions else Replicate() for a in map(str, self.axes))
+        return tuple(Shard(dimensions[a]) if a is not None and a in dimensions else Replicate() for a in self.axes)
 
     def local(self, t: Tensor, dimensions: dict[str, int]) -> Tensor:
         """A rank's part of a tensor along these dimensions. Gradients of the parts are put together or added up."""
@@ -160,13 +156,14 @@ def split(whole_call: Operands, block_size: Sequence[int]) -> Split:
     kept: list[dict[str, int]] = [{} for _ in captured]
     ints = list(ints)
     for axis, part in sharding.parts.items():
-        n = sizes[AXES.index(axis)]
+        n, ways = sizes[AXES.index(axis)], sharding.ways(axis)
+        most = _part(n, ways, [0] * len(ways)).size  # the same on all ranks, so that all raise
         dimensions = {}
         for number, dim in _plain_dimensions(whole_call.program, axis).items():
             have = captured[number].shape[dim]
             if have == n:
                 dimensions[number] = kept[number][axis] = dim
-            elif have == part.size and not involved(captured[number]):
+            elif have == most and not involved(captured[number]):
                 raise ValueError(_local_captured(axis, n, tuple(captured[number].shape)))
         program, is_shifted = _shifted(program, axis, tuple(dimensions.items()))
         if is_shifted:
@@ -199,9 +196,9 @@ def _sharding(query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tens
             "DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim), or pass the local parts of all three: t.to_local()"
         )
     if not isinstance(query, DTensor):
-        t = next(t for t in captured if isinstance(t, DTensor))
+        shape = next(tuple(t.shape) for t in captured if isinstance(t, DTensor))
         raise TypeError(
-            f"a mod captures a DTensor of shape {tuple(t.shape)}, but query is a plain tensor. Capture t.full_tensor(), or "
+            f"a mod captures a DTensor of shape {shape}, but query is a plain tensor. Capture t.full_tensor(), or "
             "make DTensors of query, key and value. (A parameter of a module under fully_shard is whole while the forward "
             "of that module runs: let the mod read it there, as self.name)"
         )
@@ -261,7 +258,9 @@ def _check_heads(query: Tensor, key: Tensor, sharding: Sharding) -> None:
     ways, heads, kv_heads = sharding.ways("h"), query.shape[1], key.shape[1]
     n = torch.Size(ways).numel()
     if ways and kv_heads not in (1, heads) and kv_heads % n:
-        fixed = ["Replicate()" if axis == "h" else str(p) for p, axis in zip(sharding.placements, sharding.axes, strict=True)]
+        fixed = [
+            "Replicate()" if axis == "h" else str(p) for p, axis in zip(sharding.placements, sharding.axes, strict=True)
+        ]
         raise ValueError(
             f"query's {heads} heads are sharded over {n} ranks, and {kv_heads} key and value heads cannot be divided among "
             f"them. Give each query head its own: key = key.repeat_interleave({heads // kv_heads}, 1), value likewise; or "
@@ -285,8 +284,8 @@ def _shifted(program: str, axis: str, kept: tuple[tuple[int, int], ...]) -> tupl
 def _local_captured(axis: str, n: int, shape: tuple[int, ...]) -> str:
     return (
         f"a mod reads a plain tensor of shape {shape} at {axis}, which goes up to {n - 1}: {axis} is the index of the whole "
-        "query. Capture the whole tensor; or if each rank holds its part, the DTensor that they form: "
-        "DTensor.from_local(t, mesh, placements)"
+        "query. Capture the whole tensor, or the DTensor that the parts of all ranks form: "
+        "DTensor.from_local(t, mesh, placements); with [Replicate()] * mesh.ndim if it is the whole tensor"
     )
 
 

@@ -115,8 +115,8 @@ def captured(tensors: Sequence[Tensor], device: torch.device) -> None:
     for t in tensors:
         if type(t) is torch.nn.Parameter and is_freed(t):
             raise ValueError(
-                f"a mod captures a parameter of shape {tuple(t.shape)} whose memory is freed. Under fully_shard, parameters are "
-                "whole while the forward of the module that was given to fully_shard runs; that of a mod ends before "
+                f"a mod captures a parameter of shape {tuple(t.shape)} whose memory is freed. Under fully_shard, parameters "
+                "are whole while the forward of the module that was given to fully_shard runs; that of a mod ends before "
                 "attention begins. Give it the module that calls flex_attention instead: fully_shard(layer)"
             )
         if t.dim() and t.device != device:

@@ -58,10 +58,10 @@ def failures(world: int, names: Sequence[str], limit: float = 300, show: bool = 
         said = []
         end = time.monotonic() + limit
         try:
-            for rank, process in enumerate(processes):
+            for process in processes:
                 process.wait(timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            said.append(f"rank {rank} did not end within {limit} seconds")
+            said.append(f"the ranks did not end within {limit} seconds")
         for rank, process in enumerate(processes):
             if process.poll() is None:
                 process.kill()

@@ -47,7 +47,12 @@ def by_all(bias: Tensor, slopes: Tensor, gate: Tensor, lengths: Tensor, **_: Any
 
 
 def tensors(b: int = B, h: int = H) -> dict[str, Tensor]:
-    made = {"slopes": torch.randn(h), "gate": torch.randn(b, h), "table": torch.randn(h, 30), "bias": torch.randn(b, h, L, S)}
+    made = {
+        "slopes": torch.randn(h),
+        "gate": torch.randn(b, h),
+        "table": torch.randn(h, 30),
+        "bias": torch.randn(b, h, L, S),
+    }
     return {**{n: t.double() for n, t in made.items()}, "lengths": torch.tensor([40, 17, 5, 31][:b])}
 
 
@@ -196,7 +201,7 @@ def block_masks_may_hold_dtensors() -> None:
     expected = flex_attention(*operands, **mods, block_mask=made)
     for held in (Replicate(), Shard(0), Shard(1), Shard(2)):
         lists = [distribute_tensor(t, mesh, [held]) for t in made.kv_lists()]
-        mask = BlockMask((L, S), *lists, made.BLOCK_SIZE, made.mask_mod)
+        mask = BlockMask.from_kv_blocks(*lists, made.BLOCK_SIZE, made.mask_mod, (L, S))
         for placement in (Shard(0), Shard(1), Replicate()):
             q, k, v = (distribute_tensor(t, mesh, [placement]) for t in operands)
             torch.testing.assert_close(flex_attention(q, k, v, **mods, block_mask=mask).full_tensor(), expected)
@@ -277,7 +282,11 @@ def what_cannot_be_computed_is_refused_on_every_rank() -> None:
         return lambda s, b, h, i, j: s + t[h]
 
     for call, kind, message in (
-        (lambda: flex_attention(q, k, plain[2]), TypeError, "query is a DTensor, key is a DTensor, value is a plain tensor"),
+        (
+            lambda: flex_attention(q, k, plain[2]),
+            TypeError,
+            "query is a DTensor, key is a DTensor, value is a plain tensor",
+        ),
         (lambda: flex_attention(plain[0], k, v), TypeError, "query is a plain tensor, key is a DTensor"),
         (lambda: flex_attention(*plain, slopes(held)), TypeError, r"captures a DTensor of shape \(4,\).*full_tensor"),
         (lambda: flex_attention(q, elsewhere, v), ValueError, "key of shape .* is on another mesh"),
@@ -292,7 +301,11 @@ def what_cannot_be_computed_is_refused_on_every_rank() -> None:
             ValueError,
             r"6 heads are sharded over 2 ranks, and 3 key and value heads.*repeat_interleave\(2, 1\)",
         ),
-        (lambda: flex_attention(q, k, v, slopes(local)), ValueError, r"plain tensor of shape \(2,\) at h, which goes up to 3"),
+        (
+            lambda: flex_attention(q, k, v, slopes(local)),
+            ValueError,
+            r"plain tensor of shape \(2,\) at h, which goes up to 3",
+        ),
         (lambda: flex_attention(by_query, k, v, block_mask=rows), ValueError, "begin at 20, inside a block of 16"),
     ):
         with pytest.raises(kind, match=message):

@@ -42,8 +42,9 @@ def attention(
         blocks = (*block_mask, mask_mod or _full)
         given = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend, "options": options}
         if sharded.involved(query, key, value):
-            # Dynamo makes the arguments of mods like the first operand: as DTensors they would meet no plain tensor.
-            blocks, given = (query, key, value, *blocks), {**given, "sharded": True}
+            # Dynamo makes the arguments of mods like the first operand: as DTensors they would meet no plain tensor. The
+            # rank's place is part of the graph, so that no other rank takes what was compiled for it from a cache.
+            blocks, given = (query, key, value, *blocks), {**given, "sharded": sharded.coordinates(query, key, value)}
             query = key = value = torch.empty(0, dtype=query.dtype, device=query.device)
         return captured_call(query, key, value, score_mod or _identity, blocks, scale, {**given, "sizes": block_size})
     return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend, options)
@@ -165,7 +166,7 @@ class _CapturedCall(HigherOrderOperator):  # type: ignore[misc,valid-type]
         mask_captured: tuple[Any, ...] = (),
     ) -> Any:
         *lists, mask_graph = blocks
-        if options.get("sharded"):
+        if "sharded" in options:
             query, key, value, *lists = lists
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ def _is_dtensor(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def coordinates(*tensors: Tensor) -> tuple[int, ...]:
+    """Where this rank is on the mesh of the first DTensor."""
+    t = next(t for t in tensors if _is_dtensor(t))
+    return tuple(t.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]
+
+
 def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, each DTensor gathered."""
     return [t.detach().full_tensor() if involved(t) else t for t in tensors]  # type: ignore[attr-defined]

@@ -47,8 +47,13 @@ def named(world: int) -> list[str]:
 def failures(world: int, names: Sequence[str], limit: float = 300, show: bool = False) -> str:
     """Run scenarios on `world` ranks; what failed, as text, empty if nothing did. `show` prints what rank 0 prints."""
     with tempfile.TemporaryDirectory() as folder:
-        # The interpreter of Triton costs time, and is not what is tested.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "0",  # the interpreter of Triton costs time, and is not what is tested
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "compiled"),  # that of all ranks, as on one machine
+        }
         outputs = [Path(folder, f"output{rank}") for rank in range(world)]
         processes = []
         for rank, output in enumerate(outputs):

@@ -323,6 +323,25 @@ def compiled_calls_take_dtensors() -> None:
     check(mesh, [Shard(1)], by_plain_index, qkv(), tensors(), held, call=compiled)
 
 
+@scenario()
+def a_rank_does_not_take_what_another_has_compiled() -> None:
+    """The part of a rank is a constant of its graph, and ranks on one machine share the caches of torch.compile."""
+    mesh = ring()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, lambda s, b, h, i, j: s * (h + 1))
+
+    operands = qkv()
+    q, k, v = (distribute_tensor(t, mesh, [Shard(1)]) for t in operands)
+    compiled = torch.compile(call, fullgraph=True, backend="inductor")
+    if mesh.get_local_rank() == 1:
+        torch.distributed.barrier()  # until rank 0 has compiled it
+    out = compiled(q, k, v)
+    if mesh.get_local_rank() == 0:
+        torch.distributed.barrier()
+    torch.testing.assert_close(out.full_tensor(), call(*operands))
+
+
 @scenario(world=4)
 def a_mesh_of_two_dimensions() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))

@@ -5,7 +5,7 @@ The result is again a program text, so every backend can run it; the numbers tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .ir import DType, Kind, Node, Op, input_node, walk
 from .program import parse, print_program
@@ -36,14 +36,37 @@ def folded(text: str, batched: Sequence[bool]) -> str:
     return _changed(text, change)
 
 
-def shifted(text: str, axis: str) -> str:
-    """The program for part of the batch entries ("b") or heads ("h"): index `i` stands for `i + n`.
+def shifted(text: str, axis: str, kept: Mapping[int, int] | None = None) -> str:
+    """The program for part of the batch entries ("b"), heads ("h") or queries ("q_idx"): index `i` stands for `i + n`.
 
-    n is a new run-time integer, the last one, if the text changes.
+    n is a new run-time integer, the last one, if the text changes. `kept` maps captured tensors of which only that part is
+    at hand to the dimension that it is part of, one of `plain_dimensions`: there `i` remains `i`.
     """
     index = input_node(axis, DType.INT32)
     moved = {index: apply(Op.ADD, index, _new_int(text))}
-    return _changed(text, lambda roots: substitute(roots, moved))
+
+    def change(roots: list[Node]) -> list[Node]:
+        done = dict(moved)
+        for node in walk(*roots):
+            if kept and node.op is Op.LOAD and _tensor(node)[0] in kept:
+                places = substitute(list(node.args[1:]), done)
+                places[kept[_tensor(node)[0]]] = index
+                done[node] = load(node.args[0], *places)
+        return substitute(roots, done)
+
+    return _changed(text, change)
+
+
+def plain_dimensions(text: str, axis: str) -> dict[int, int]:
+    """For captured tensors, by number, that are read at the index `axis` itself in every load: in which dimension."""
+    parsed = parse(text)
+    index = input_node(axis, DType.INT32)
+    found: dict[int, set[int]] = {}
+    for node in walk(*[parsed.score] if parsed.mask is None else [parsed.score, parsed.mask]):
+        if node.op is Op.LOAD:
+            at = {d for d, place in enumerate(node.args[1:]) if place is index}
+            found[_tensor(node)[0]] = found.get(_tensor(node)[0], at) & at
+    return {number: min(at) for number, at in found.items() if at}
 
 
 def _changed(text: str, change: Callable[[list[Node]], list[Node]]) -> str:

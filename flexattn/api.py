@@ -141,6 +141,8 @@ def flex_attention(
         `(out, AuxOutput)` with `return_aux`. A row that attends to nothing has output 0, lse -inf and zero gradients.
         Gradients flow to query, key, value and every captured floating-point tensor, through `out` and `lse`.
 
+    Query, key and value may be DTensors, sharded along batch, heads or queries: see docs/distributed.md.
+
     Raises:
         ValueError, TypeError: for tensors, masks or options that do not fit together.
         TraceError: for a mod that cannot be traced; says which line and what to write instead.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, transforms, validate
+from . import ops, reference, sharded, transforms, validate
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import HigherOrderOperator, find, transforms_are_active
@@ -41,9 +41,12 @@ def attention(
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
         # Dynamo makes the score that a mod gets from the first operand: its dtype, and no gradient, so that mods may write.
-        like = query.new_empty((), dtype=torch.float64 if query.dtype is torch.float64 else torch.float32)
+        like = torch.empty((), dtype=_score_dtype(query), device=query.device)
         blocks = (query, key, value, *block_mask, _full if mask_mod is None else mask_mod)
         given = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend, "options": options}
+        if sharded.involved(query, key, value):
+            # Part of the graph, so that no other rank takes what was compiled for this one from a cache.
+            given["sharded"] = sharded.coordinates(query, key, value)
         modify = _identity if score_mod is None else _on_a_copy(score_mod)
         return captured_call(like, like, like, modify, blocks, scale, {**given, "sizes": block_size})
     return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend, options)
@@ -61,18 +64,23 @@ def _attention(
     backend: str,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     if isinstance(scale, torch.SymFloat):  # operators take no symbolic floats, but programs do
         score_mod, scale = _scaled(score_mod, scale), 1.0
-    program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
+    program, captured, ints = trace(score_mod, mask_mod, score_dtype=_score_dtype(query), device=query.device)
     validate.captured(captured, query.device)
+    if backend != "reference":
+        validate.no_forward_mode((query, key, value, *captured))
+    split = None
+    if sharded.involved(query, key, value, *captured):
+        split = sharded.split(sharded.Operands(query, key, value, captured, block_mask, ints, program), block_size)
+        query, key, value, captured, block_mask, ints, program = split.operands
     if debugging() or backend == "reference":
         problem = Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale)
         if debugging():
             check_indices(problem)
         if backend == "reference":
-            return reference.solve(problem)
-    validate.no_forward_mode((query, key, value, *captured))
+            dense = reference.solve(problem)
+            return dense if split is None else split.join(dense)
     attend = transforms.attention if transforms_are_active() else ops.FORWARD
     try:
         result: tuple[Tensor, Tensor, Tensor] = attend(
@@ -80,7 +88,11 @@ def _attention(
         )
     except KernelError as error:
         raise _placed(error, score_mod, mask_mod, variant(program)) from error.__cause__
-    return result
+    return result if split is None else split.join(result)
+
+
+def _score_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype is torch.float64 else torch.float32
 
 
 def _placed(
@@ -138,6 +150,7 @@ def _block_lists(
                 f"Pass the number of {'batch entries' if axis == 'b' else 'query heads'} as {size}"
             )
     kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
+    captured = sharded.whole(captured)
     return ops.block_mask(captured, ints, program, (*kept, *shape[2:]), block_size, like, memory, trim)
 
 

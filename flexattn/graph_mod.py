@@ -31,6 +31,7 @@ class GraphMod:
         self.role, self.graph, self.captured = role, graph, captured
 
     def __call__(self, *arguments: Tensor) -> Any:
+        """What the graph computes. Raises `TraceError` with the user's line."""
         try:
             result = self.graph(*arguments, *self.captured)
         except TraceError as error:

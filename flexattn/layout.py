@@ -11,16 +11,18 @@ def empty_like_strides(query: Tensor, last: int) -> Tensor:
 
     A query that is a transposed [B, L, H, E] gives an output that is one too, so merging the heads costs no copy.
     """
-    return torch.empty_permuted((*query.shape[:-1], last), _order(query), dtype=query.dtype, device=query.device)
+    return torch.empty_permuted(
+        (*query.shape[:-1], last), order_in_memory(query), dtype=query.dtype, device=query.device
+    )
 
 
 def in_order_of(query: Tensor, out: Tensor) -> Tensor:
     """`out` in the memory layout of `empty_like_strides`."""
-    order = _order(query)
+    order = order_in_memory(query)
     return out.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])
 
 
-def _order(query: Tensor) -> tuple[int, ...]:
-    """The dimensions from the slowest to the fastest; the last one is always the fastest."""
+def order_in_memory(query: Tensor) -> tuple[int, ...]:
+    """The dimensions of the query's output, the outermost first; the last one is always the innermost."""
     strides: tuple[int, ...] = query.stride()
     return (*sorted(range(query.dim() - 1), key=lambda d: (-strides[d], d)), query.dim() - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .codegen.private import forward_mode_is_on
+from .sharded import is_freed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -110,8 +111,14 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
 
 
 def captured(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Raise `ValueError` for a captured tensor with dimensions on another device than the query."""
+    """Raise `ValueError` for a captured tensor with dimensions on another device than the query, or without memory."""
     for t in tensors:
+        if type(t) is torch.nn.Parameter and is_freed(t):
+            raise ValueError(
+                f"a mod captures a parameter of shape {tuple(t.shape)} whose memory is freed. Under fully_shard, parameters "
+                "are whole while the forward of the module that was given to fully_shard runs; that of a mod ends before "
+                "attention begins. Give it the module that calls flex_attention instead: fully_shard(layer)"
+            )
         if t.dim() and t.device != device:
             raise ValueError(
                 f"a mod captures a tensor of shape {tuple(t.shape)} on {t.device}, query is on {device}; move it once: "

@@ -196,14 +196,15 @@ def flex_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
     device = tensors[0].device.type
-    if (
-        not torch.amp.is_autocast_available(device)
-        or not torch.is_autocast_enabled(device)
-        or tensors[0].dtype is torch.float64
-    ):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) for t in tensors)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _choose_backend(backend: str, query: Tensor, value: Tensor) -> str:

@@ -39,9 +39,11 @@ def attention(
     """Output, lse and max_scores of an attention call whose arguments have been validated."""
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
-        blocks = (*block_mask, mask_mod or _full)
+        # `or` would ask whether a function is true, which PyTorch 2.11 cannot trace.
+        blocks = (*block_mask, _full if mask_mod is None else mask_mod)
+        score_graph = _identity if score_mod is None else score_mod
         given = {"score": score_mod is not None, "mask": mask_mod is not None, "backend": backend, "options": options}
-        return captured_call(query, key, value, score_mod or _identity, blocks, scale, {**given, "sizes": block_size})
+        return captured_call(query, key, value, score_graph, blocks, scale, {**given, "sizes": block_size})
     return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend, options)
 
 

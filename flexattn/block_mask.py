@@ -271,6 +271,10 @@ class BlockMask(ListedBlocks):
         made._described, made.only_first = self._described, self.only_first
         return made
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lists by key block do not travel: they are made again where they are asked for.
+        return {**self.__dict__, "_columns": {}}
+
     # ---- text and pictures
 
     def to_string(self, grid_size: int | tuple[int, int] = 20, limit: int = 4) -> str:

@@ -98,14 +98,16 @@ def block_lists(
     """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`, and a flag: see `ops.block_mask`.
 
     B and H of the lists are 1 where the mask does not depend on them. `unsaid`: whether the caller left B, and H, to be
-    1; the mask may then not depend on them. Lists are trimmed in eager code, where shapes may follow data.
+    1; the mask may then not depend on them. Lists are trimmed in eager code, where shapes may follow data, if there is data.
     """
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
         given = (*shape, *block_size, *unsaid, memory)
         lists: tuple[Tensor, ...] = captured_call(like, like, like, _identity, (given, mask_mod), 1.0, {"sizes": None})
         return lists
-    return _block_lists(mask_mod, shape, block_size, like, unsaid, memory, trim=type(like) is Tensor)
+    return _block_lists(
+        mask_mod, shape, block_size, like, unsaid, memory, trim=type(like) is Tensor and not like.is_meta
+    )
 
 
 def _block_lists(

@@ -155,9 +155,9 @@ class BlockMask(ListedBlocks):
 
         Example:
             >>> import flexattn
-            >>> mask = flexattn.create_block_mask(flexattn.masks.causal_mask, None, None, 512, 512, device="cpu")
+            >>> mask = flexattn.create_block_mask(flexattn.masks.sliding_window(9), None, None, 4096, 4096, device="cpu")
             >>> mask.kv_indices.shape, mask.to_torch().kv_indices.shape
-            (torch.Size([1, 1, 4, 1]), torch.Size([1, 1, 4, 4]))
+            (torch.Size([1, 1, 32, 16]), torch.Size([1, 1, 32, 32]))
         """
         return to_torch(self, _algebra().whole_mask_mod(self))
 

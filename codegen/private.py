@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -101,3 +102,11 @@ find("torch.autograd.forward_ad._current_level")
 def forward_mode_is_on() -> bool:
     """Whether tensors may have tangents."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_mask_of_a_slice(mask_mod: Any) -> bool:
+    """Whether this is what PyTorch puts in the place of the mask_mod of a slice: a function that raises.
+
+    Told by its name: should it get another one, PyTorch's own message is raised where the mask is used.
+    """
+    return type(mask_mod) is FunctionType and mask_mod.__name__ == "_sliced_mask_mod_error"

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .block_lists import (
-    block_size,
-    by_column,
-    check_lists,
-    checked_lengths,
-    dense,
-    has_data,
-    visited_elements,
-)
+from .block_lists import block_size, check_lists, checked_lengths, has_data
 from .block_mask_parts import cropped, part
 from .block_mask_picture import svg
 from .block_mask_plot import plot
 from .block_mask_text import picture
+from .block_mask_torch import TorchBlockMask, from_torch, to_torch
+from .listed_blocks import LISTS, ListedBlocks
 from .mask_object import MaskMod, moved
 from .masks import noop_mask
 
 DEFAULT_BLOCK_SIZE = 128
 
-LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
-
-class BlockMask:
+class BlockMask(ListedBlocks):
     """A mask as lists of blocks: for each row of query blocks, the key blocks to visit.
 
     Blocks in `kv_indices` are *partial*: `mask_mod` decides element by element. Blocks in `full_kv_indices` are *full*:
@@ -59,12 +50,6 @@ class BlockMask:
         (1, 1, 256, 512)
     """
 
-    seq_lengths: tuple[int, int]
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    full_kv_num_blocks: Tensor | None
-    full_kv_indices: Tensor | None
-    BLOCK_SIZE: tuple[int, int]
     mask_mod: MaskMod
     only_first: tuple[bool, bool] = (False, False)  # made for B = 1, or H = 1, of a mask that differs between them
 
@@ -83,7 +68,7 @@ class BlockMask:
         self.full_kv_num_blocks, self.full_kv_indices = full_kv_num_blocks, full_kv_indices
         self.BLOCK_SIZE = BLOCK_SIZE
         self.mask_mod = noop_mask if mask_mod is None else mask_mod
-        self._columns: dict[str, _Columns] = {}
+        self._columns = {}
         self._described: MaskMod | None = None  # the mask_mod that the lists were made of
         self._sizes = (kv_num_blocks.shape[0], kv_num_blocks.shape[1])
         self._adjacent: tuple[Tensor | None, bool] | None = None  # of which list of full blocks it is said
@@ -142,13 +127,41 @@ class BlockMask:
         full_count, full_index = (lists[2], lists[3]) if len(lists) > 2 else (None, None)
         return cls(lengths, lists[0], lists[1], full_count, full_index, size, mask_mod)
 
-    # ---- views of the same data
+    @classmethod
+    def from_torch(cls, block_mask: TorchBlockMask) -> BlockMask:
+        """The mask of a `torch.nn.attention.flex_attention.BlockMask`, with the same lists, lengths and mask_mod.
 
-    def kv_lists(self) -> tuple[Tensor, ...]:
-        """The lists as the operators take them: partial, then full if there are any."""
-        if self.full_kv_num_blocks is None or self.full_kv_indices is None:
-            return self.kv_num_blocks, self.kv_indices
-        return self.kv_num_blocks, self.kv_indices, self.full_kv_num_blocks, self.full_kv_indices
+        Its lists are not copied where they are int32, as those of `create_block_mask` are. Lists by key block and write
+        orders are not needed here.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: for a slice of one, whose mask_mod PyTorch took away, and as `from_kv_blocks`.
+
+        Example:
+            >>> import flexattn, torch.nn.attention.flex_attention as torch_flex
+            >>> theirs = torch_flex.create_block_mask(flexattn.masks.causal_mask, None, None, 512, 512, device="cpu")
+            >>> flexattn.BlockMask.from_torch(theirs).shape
+            (1, 1, 512, 512)
+        """
+        return from_torch(cls, block_mask)
+
+    def to_torch(self) -> TorchBlockMask:
+        """A `torch.nn.attention.flex_attention.BlockMask` with the same lists, as wide as there are key blocks, int32, and
+        lists by key block, so that PyTorch's `flex_attention` can use it.
+
+        Its `mask_mod` is this mask's, where the lists were made of it. Otherwise it is one that reads the lists too, since
+        PyTorch in eager mode looks at nothing but the mask_mod.
+
+        Example:
+            >>> import flexattn
+            >>> mask = flexattn.create_block_mask(flexattn.masks.sliding_window(9), None, None, 4096, 4096, device="cpu")
+            >>> mask.kv_indices.shape, mask.to_torch().kv_indices.shape
+            (torch.Size([1, 1, 32, 16]), torch.Size([1, 1, 32, 32]))
+        """
+        return to_torch(self, _algebra().whole_mask_mod(self))
+
+    # ---- views of the same data
 
     def with_mask_mod(self, mask_mod: MaskMod | None) -> BlockMask:
         """The same lists with another element mask."""
@@ -167,11 +180,6 @@ class BlockMask:
         return (*lengths, *lists, *by_key, *size, self.mask_mod)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, Q_LEN, KV_LEN)."""
-        return (self.kv_num_blocks.shape[0], self.kv_num_blocks.shape[1], *self.seq_lengths)
-
-    @property
     def sizes(self) -> tuple[int, int]:
         """The B and H it was made for, which its lists have once where they are the same for all."""
         return self._sizes
@@ -187,63 +195,6 @@ class BlockMask:
         None if it is not known, as of a mask that was made from lists."""
         said = self._adjacent
         return said[1] if said is not None and said[0] is self.full_kv_indices else None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the lists are."""
-        return self.kv_num_blocks.device
-
-    @property
-    def q_num_blocks(self) -> Tensor:
-        """[B, H, columns] int32: how many query blocks attend partially to each key block."""
-        return self._by_key("kv")[0]
-
-    @property
-    def q_indices(self) -> Tensor:
-        """[B, H, columns, rows] int32: which ones."""
-        return self._by_key("kv")[1]
-
-    @property
-    def full_q_num_blocks(self) -> Tensor | None:
-        """As `q_num_blocks`, for full blocks."""
-        return None if self.full_kv_num_blocks is None else self._by_key("full_kv")[0]
-
-    @property
-    def full_q_indices(self) -> Tensor | None:
-        """As `q_indices`, for full blocks."""
-        return None if self.full_kv_num_blocks is None else self._by_key("full_kv")[1]
-
-    def _by_key(self, kind: str) -> tuple[Tensor, Tensor]:
-        count, index = getattr(self, f"{kind}_num_blocks"), getattr(self, f"{kind}_indices")
-        known = self._columns.get(kind)
-        # The fields can be set: lists made from others than today's are stale.
-        if known is None or known.num_blocks is not count or known.indices is not index:
-            known = self._columns[kind] = _Columns(count, index, by_column(count, index, self._grid()[1]))
-        return known.by_key
-
-    def _grid(self) -> tuple[int, int]:
-        return -(-self.seq_lengths[0] // self.BLOCK_SIZE[0]), -(-self.seq_lengths[1] // self.BLOCK_SIZE[1])
-
-    def _dense(self, count: Tensor, index: Tensor) -> Tensor:
-        return dense(count, index, self._grid()[1])
-
-    def to_dense(self) -> Tensor:
-        """[B, H, rows, columns] int32: 1 where a block is listed, partial or full."""
-        lists = self.kv_lists()
-        dense = self._dense(lists[0], lists[1])
-        for count, index in zip(lists[2::2], lists[3::2], strict=True):
-            dense = dense | self._dense(count, index)
-        return dense.to(torch.int32)
-
-    def numel(self) -> int:
-        """Elements of the whole mask, B * H * Q_LEN * KV_LEN."""
-        return math.prod(self.shape)
-
-    def sparsity(self) -> float:
-        """Percentage of elements in blocks that are skipped, 0 to 100; short blocks count with their true size."""
-        if self.numel() == 0:
-            return 0.0
-        return 100.0 * (1.0 - visited_elements(self.kv_lists(), self.seq_lengths, self.BLOCK_SIZE) / self.numel())
 
     def mark(self, B: int, H: int, contiguous: bool | None) -> None:
         """Say that the lists were made of `mask_mod`, for so many batch entries and heads, and whether `contiguous`."""
@@ -317,8 +268,12 @@ class BlockMask:
         assert lists[0] is not None and lists[1] is not None
         made = BlockMask(self.seq_lengths, lists[0], lists[1], lists[2], lists[3], self.BLOCK_SIZE, self.mask_mod)
         made.mark(*self._sizes, self.contiguous)  # what is true of all rows is true of some
-        made._described = self._described
+        made._described, made.only_first = self._described, self.only_first
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lists by key block do not travel: they are made again where they are asked for.
+        return {**self.__dict__, "_columns": {}}
 
     # ---- text and pictures
 
@@ -384,14 +339,6 @@ class BlockMask:
             f"BlockMask(shape={self.shape}, BLOCK_SIZE={self.BLOCK_SIZE}, kv_indices={tuple(self.kv_indices.shape)}, "
             f"full_kv_indices={full}, mask_mod={name})"
         )
-
-
-class _Columns(NamedTuple):
-    """Lists by key block, and the lists by query block that they were made from."""
-
-    num_blocks: Tensor
-    indices: Tensor
-    by_key: tuple[Tensor, Tensor]
 
 
 def _algebra() -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .block_mask import LISTS, BlockMask
+from .block_mask import BlockMask
 from .codegen.private import GetAttrKey, register_pytree_node
+from .listed_blocks import LISTS
 from .mask_object import MaskMod
 
 
@@ -15,10 +16,11 @@ class _Context(NamedTuple):
     mask_mod: MaskMod
     is_exact: bool
     sizes: tuple[int, int]
+    only_first: tuple[bool, bool]
 
 
 def _flatten(mask: BlockMask) -> tuple[list[Any], _Context]:
-    context = _Context(mask.seq_lengths, mask.BLOCK_SIZE, mask.mask_mod, mask.is_exact, mask.sizes)
+    context = _Context(mask.seq_lengths, mask.BLOCK_SIZE, mask.mask_mod, mask.is_exact, mask.sizes, mask.only_first)
     return [getattr(mask, name) for name in LISTS], context
 
 
@@ -32,7 +34,8 @@ def _unflatten(leaves: Any, context: _Context) -> BlockMask:
     made = object.__new__(BlockMask)
     made.seq_lengths, made.BLOCK_SIZE, made.mask_mod = context.seq_lengths, context.block_size, context.mask_mod
     made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices = leaves
-    made._columns, made._adjacent, made._sizes = {}, None, context.sizes
+    made._columns, made._adjacent = {}, None
+    made._sizes, made.only_first = context.sizes, context.only_first
     made._described = context.mask_mod if context.is_exact else None
     return made
 

@@ -47,6 +47,7 @@ def attention(
         if sharded.involved(query, key, value):
             # Part of the graph, so that no other rank takes what was compiled for this one from a cache.
             given["sharded"] = sharded.coordinates(query, key, value)
+        # `or` would ask whether a function is true, which PyTorch 2.11 cannot trace.
         modify = _identity if score_mod is None else _on_a_copy(score_mod)
         return captured_call(like, like, like, modify, blocks, scale, {**given, "sizes": block_size})
     return _attention(query, key, value, score_mod, mask_mod, block_mask, block_size, scale, backend, options)
@@ -119,14 +120,14 @@ def block_lists(
     """Block lists of a mask of `shape` (B, H, Q_LEN, KV_LEN), on the device of `like`, and a flag: see `ops.block_mask`.
 
     B and H of the lists are 1 where the mask does not depend on them. `unsaid`: whether the caller left B, and H, to be
-    1; the mask may then not depend on them. Lists are trimmed in eager code, where shapes may follow data.
+    1; the mask may then not depend on them. Lists are trimmed in eager code, where shapes may follow data, if there is data.
     """
     if torch.compiler.is_dynamo_compiling():
         ensure_registered()
         given = (*shape, *block_size, *unsaid, memory)
         lists: tuple[Tensor, ...] = captured_call(like, like, like, _identity, (given, mask_mod), 1.0, {"sizes": None})
         return lists
-    trim = type(like) is Tensor and not transforms_are_active()
+    trim = type(like) is Tensor and not like.is_meta and not transforms_are_active()
     return _block_lists(mask_mod, shape, block_size, like, unsaid, memory, trim)
 
 
@@ -169,7 +170,7 @@ def _on_a_copy(score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _scaled(score_mod: Callable[..., Tensor] | None, scale: torch.SymFloat) -> Callable[..., Tensor]:
     def modify(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        score = score * scale
+        score = score * scale  # type: ignore[operator]
         return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
 
     return modify

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import capture
-from .block_lists import block_size
+from .block_lists import block_size, has_data
 from .block_mask import DEFAULT_BLOCK_SIZE, BlockMask
 from .codegen.evaluate import Inputs, evaluate
 from .codegen.pipeline import variant
@@ -86,7 +86,7 @@ def create_block_mask(
         both = made.to_dense()
         order = torch.argsort(both, dim=-1, descending=True, stable=True).to(torch.int32)
         made = BlockMask((Q_LEN, KV_LEN), both.sum(-1, dtype=torch.int32), order, None, None, size, mask_mod)
-    known = separate_full_blocks and not torch.compiler.is_compiling() and type(found[4]) is Tensor
+    known = separate_full_blocks and not torch.compiler.is_compiling() and has_data(found[0])
     made.mark(shape[0], shape[1], bool(found[4]) if known else None)
     if 1 in (B, H) and not torch.compiler.is_compiling():
         mask = variant(trace(None, mask_mod, device=device).program).mask

@@ -62,6 +62,10 @@ class Documents:
     def __repr__(self) -> str:
         return f"Documents({list(self.document_ids.shape)})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was computed does not travel: it is computed again where it is read.
+        return {**self.__dict__, "_values": {}}
+
     # ---- from each notation
 
     @classmethod

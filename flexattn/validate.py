@@ -69,8 +69,8 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
         hint = ""
         if hasattr(mask, "kv_num_blocks"):
             hint = (
-                ". PyTorch's BlockMask converts by flexattn.BlockMask.from_kv_blocks(m.kv_num_blocks, m.kv_indices, "
-                "m.full_kv_num_blocks, m.full_kv_indices, m.BLOCK_SIZE, m.mask_mod, m.seq_lengths)"
+                ". PyTorch's BlockMask converts by flexattn.BlockMask.from_torch(block_mask); a model that calls PyTorch's "
+                "flex_attention with it runs here unchanged: with flexattn.integrations.torch_flex.route(): model(...)"
             )
         elif isinstance(mask, Tensor):
             hint = (

@@ -310,10 +310,10 @@ def test_a_nested_tensor_is_refused_with_the_packed_alternative() -> None:
 def test_pytorchs_block_mask_is_refused_with_the_conversion_that_works() -> None:
     q, k, v = qkv()
     m = peer.create_block_mask(masks.causal_mask, 1, 1, 50, 50, device="cpu")
-    with pytest.raises(TypeError, match=r"flexattn\.BlockMask\.from_kv_blocks") as caught:
+    with pytest.raises(TypeError, match=r"flexattn\.BlockMask\.from_torch") as caught:
         flex_attention(q, k, v, block_mask=m)  # type: ignore[call-overload]
-    code = str(caught.value).split("converts by ")[1]
-    out = flex_attention(q, k, v, block_mask=eval(code, {"flexattn": flexattn, "m": m}))
+    code = str(caught.value).split("converts by ")[1].split(";")[0]
+    out = flex_attention(q, k, v, block_mask=eval(code, {"flexattn": flexattn, "block_mask": m}))
     torch.testing.assert_close(out, flex_attention(q, k, v, mask_mod=masks.causal_mask))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import capture, validate
+from .autocast import autocast
 from .block_mask import BlockMask
 from .kernel_options import check_kernel_options, options_text
 from .mask_cache import cached_block_mask
@@ -164,7 +165,7 @@ def flex_attention(
     validate.choices(block_mask, mask_mod, return_lse, return_aux, backend, scale)
     validate.tensors(query, key, value, enable_gqa)
     options = check_kernel_options(kernel_options)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     if mask_mod is not None:
         block_mask = cached_block_mask(mask_mod, query, key)
     lists: tuple[Tensor, ...] = ()
@@ -193,20 +194,6 @@ def flex_attention(
         aux = AuxOutput(lse if return_aux.lse else None, max_scores if return_aux.max_scores else None)
         return out, aux
     return (out, lse) if return_lse else out
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
-    device = tensors[0].device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) for t in tensors)
-
-
-@torch.compiler.assume_constant_result  # Dynamo of PyTorch 2.11 does not know the function
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
 
 
 def _choose_backend(backend: str, query: Tensor, value: Tensor) -> str:

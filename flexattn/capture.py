@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, sharded, transforms, validate
+from .autocast import without_autocast
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import HigherOrderOperator, find, transforms_are_active
@@ -80,7 +81,8 @@ def _attention(
         if debugging():
             check_indices(problem)
         if backend == "reference":
-            dense = reference.solve(problem)
+            with without_autocast(query.device):
+                dense = reference.solve(problem)
             return dense if split is None else split.join(dense)
     attend = transforms.attention if transforms_are_active() else ops.FORWARD
     try:

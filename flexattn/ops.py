@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
@@ -81,7 +82,8 @@ def _forward(
     problem = _problem(query, key, value, captured, block_mask, ints, block_size, program, scale)
     if backend == "triton":
         return triton_backend().forward(problem, parsed_options(options))
-    return tiled.forward(problem)
+    with without_autocast(query.device):
+        return tiled.forward(problem)
 
 
 def _backward(
@@ -108,7 +110,8 @@ def _backward(
             problem, out, lse, dout, dlse, wanted, parsed_options(options)
         )
         return dq, dk, dv, dcaptured
-    dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
+    with without_autocast(query.device):
+        dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
     return dq, dk, dv, dcaptured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
@@ -48,6 +49,10 @@ TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference only
 hypothesis.register_random(TORCH_RANDOM)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--features", metavar="FILE", help="write which features' tests passed, for docs/compile.md")
+
+
 def pytest_configure() -> None:
     """Refuse to test a mixture: ./flexattn of one checkout with the codegen that another one installed."""
     package, codegen = (Path(m.__path__[0]).resolve() for m in (flexattn, flexattn.codegen))
@@ -65,12 +70,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         if ROOT / "tests" / "interpreter" in item.path.parents and os.environ.get("TRITON_INTERPRET") != "1":
             item.add_marker(pytest.mark.skip(reason=NOT_INTERPRETED))
+        item.user_properties += [("feature", mark.args[0]) for mark in item.iter_markers("feature")]
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of compiled kernels, which tests/compile_only hands over as a property."""
+    """The table of compiled kernels, which tests/compile_only hands over as a property; and the table of features."""
+    if terminalreporter.config.getoption("features"):
+        write_features(Path(terminalreporter.config.getoption("features")), terminalreporter.stats)
     reports = terminalreporter.stats.get("passed", [])
     records = [r for report in reports for name, value in report.user_properties if name == "compiled" for r in value]
     if records:
@@ -79,6 +87,19 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
         terminalreporter.section("kernels compiled without a device (bfloat16, 8 heads, S = 4096)")
         terminalreporter.write_line(table(records))
+
+
+def write_features(path: Path, stats: dict[str, Any]) -> None:
+    """For each feature how many tests passed, failed and were skipped, with PyTorch's version."""
+    counts: dict[str, dict[str, int]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == "feature" and (report.when == "call" or outcome != "passed"):
+                    entry = counts.setdefault(value, {"passed": 0, "failed": 0, "skipped": 0})
+                    entry["failed" if outcome == "error" else outcome] += 1
+    record = {"torch": torch.__version__.split("+")[0], "features": dict(sorted(counts.items()))}
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 @pytest.fixture(autouse=True, scope="session")

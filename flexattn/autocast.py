@@ -1,0 +1,33 @@
+"""Autocast: the dtype that it gives to a call, and that it ends there."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+_NOTHING = nullcontext()
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
+    device = tensors[0].device.type
+    if tensors[0].dtype is torch.float64 or not _is_on(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """For the inside of an operator, whose products have the dtype it chose."""
+    return torch.autocast(device.type, enabled=False) if _is_on(device.type) else _NOTHING
+
+
+def _is_on(device: str) -> bool:
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # Dynamo of PyTorch 2.11 does not know the function
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

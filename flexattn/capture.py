@@ -18,7 +18,8 @@ from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import HigherOrderOperator, find
 from .codegen.tiles import DEFAULT_MEMORY
-from .codegen.trace import describe, trace
+from .codegen.trace import describe
+from .codegen.trace_cache import cached_trace
 from .debug import check_indices, debugging
 from .errors import KernelError
 from .problem import Problem
@@ -58,7 +59,7 @@ def _attention(
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    program, captured, ints = trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
+    program, captured, ints = cached_trace(score_mod, mask_mod, score_dtype=dtype, device=query.device)
     validate.captured(captured, query.device)
     validate.no_forward_mode((query, key, value, *captured))
     if debugging():
@@ -115,7 +116,7 @@ def _block_lists(
     memory: int,
     trim: bool,
 ) -> tuple[Tensor, ...]:
-    program, captured, ints = trace(None, mask_mod, device=like.device)
+    program, captured, ints = cached_trace(None, mask_mod, device=like.device)
     validate.captured(captured, like.device)
     mask = variant(program).mask
     axes = frozenset() if mask is None else mask.axes

@@ -65,8 +65,8 @@ def _attention(
     if debugging():
         check_indices(Problem(query, key, value, captured, block_mask, ints, block_size, variant(program), scale))
     try:
-        result: tuple[Tensor, Tensor, Tensor] = ops.FORWARD(
-            query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend, options
+        result = ops.attention(
+            query, key, value, captured, block_mask, ints, block_size, program, scale, backend, options
         )
     except KernelError as error:
         raise _placed(error, score_mod, mask_mod, variant(program)) from error.__cause__

@@ -7,10 +7,13 @@ and batch entries or heads with equal lists into one group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .kept import kept
 
 MAX_TILE_ROWS = 512
 
@@ -58,9 +61,22 @@ def schedule(
     if B == 0 or H == 0:
         return ()
     if not block_mask:
-        spans = (Span(0, S, True),) if S else ()
-        tiles = tuple(Tile(q, min(q + max_rows, L), spans) for q in range(0, L, max_rows))
-        return (Group(0, B, 0, H, tiles),)
+        return _everything(shape, max_rows)
+    return kept("schedule", block_mask, (block_size, shape, max_rows), lambda: _listed(block_mask, block_size, shape, max_rows))
+
+
+@lru_cache(maxsize=256)
+def _everything(shape: tuple[int, int, int, int], max_rows: int) -> tuple[Group, ...]:
+    B, H, L, S = shape
+    spans = (Span(0, S, True),) if S else ()
+    tiles = tuple(Tile(q, min(q + max_rows, L), spans) for q in range(0, L, max_rows))
+    return (Group(0, B, 0, H, tiles),)
+
+
+def _listed(
+    block_mask: Sequence[Tensor], block_size: tuple[int, int], shape: tuple[int, int, int, int], max_rows: int
+) -> tuple[Group, ...]:
+    B, H, L, S = shape
     lists = [t.cpu() for t in block_mask]
     by_batch, by_head = _differs_along(0, lists), _differs_along(1, lists)
     groups = []
@@ -120,7 +136,8 @@ def _spans(blocks: Sequence[tuple[int, bool]], block_kv: int, S: int) -> tuple[S
     return tuple(spans)
 
 
-def chunks(spans: Sequence[Span], width: int) -> list[tuple[Span, ...]]:
+@lru_cache(maxsize=256)
+def chunks(spans: tuple[Span, ...], width: int) -> tuple[tuple[Span, ...], ...]:
     """`spans` cut and packed into chunks of at most `width` keys, so that a chunk is one matrix product."""
     result: list[tuple[Span, ...]] = []
     current: list[Span] = []
@@ -137,4 +154,4 @@ def chunks(spans: Sequence[Span], width: int) -> list[tuple[Span, ...]]:
                 current, room = [], width
     if current:
         result.append(tuple(current))
-    return result
+    return tuple(result)

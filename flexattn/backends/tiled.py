@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..codegen.evaluate import TORCH_DTYPE, Inputs, Pool, evaluate
-from ..codegen.ir import Node, Op
+from ..codegen.evaluate import TORCH_DTYPE, Inputs, Pool, evaluate, steady, wrap_index
+from ..codegen.ir import Node, Op, walk
 from ..codegen.pipeline import Variant
 from ..layout import empty_like_strides
 from ..problem import Problem
@@ -27,6 +28,7 @@ from .schedule import MAX_TILE_ROWS, Group, Span, Tile, chunks, schedule
 LOG2E = 1 / math.log(2)
 TILE_ELEMENTS = 1 << 19  # scores held at a time: with two buffers of fp32 they stay in a core's share of the cache
 MIN_WIDTH = 256  # keys; narrower products run far below the processor's rate
+KEPT_ELEMENTS = 1 << 14  # of values that depend on indices alone: up to so many are kept for the next call
 
 
 class Forward(NamedTuple):
@@ -37,6 +39,7 @@ class Forward(NamedTuple):
     max_scores: Tensor
 
 
+@lru_cache(maxsize=256)
 def additive_bias(variant: Variant) -> Node | None:
     """`bias`, where the modified score is `score + bias` and the bias does not depend on the score."""
     node = variant.score
@@ -58,13 +61,18 @@ class Part:
     lead: Sequence[int]  # nb, nh, G
     k: Tensor  # [N, S, E], the compute dtype
     v: Tensor  # [N, S, Ev]
-    inputs: Inputs
+
+    def covers(self, x: Tensor, tile: Tile) -> bool:
+        """Whether the tile is all of a tensor [B, Hq, L, ...]."""
+        nb, nh, group = self.lead
+        return x.shape[:3] == (nb, nh * group, tile.stop - tile.start)
 
     def rows(self, x: Tensor, tile: Tile) -> Tensor:
         """Rows of a tensor [B, Hq, L, D], as [N, G * rows, D] in the compute dtype."""
         nb, nh, group = self.lead
-        picked = x[self.batches, self.heads, tile.start : tile.stop]
-        return picked.to(self.k.dtype).reshape(nb * nh, group * (tile.stop - tile.start), x.shape[-1])
+        if not self.covers(x, tile):
+            x = x[self.batches, self.heads, tile.start : tile.stop]
+        return _cast(x, self.k.dtype).reshape(nb * nh, group * (tile.stop - tile.start), x.shape[-1])
 
     def put(self, target: Tensor, tile: Tile, source: Tensor) -> None:
         """The inverse of `rows`."""
@@ -80,6 +88,7 @@ class Chunk:
     spans: tuple[Span, ...]
     inputs: Inputs  # with q_idx and kv_idx of this chunk
     keep: list[tuple[int, int, Tensor]] = field(default_factory=list)  # columns from, to, and their mask
+    hidden: Tensor | None = None  # the mask of all columns, as something to add
 
     @property
     def width(self) -> int:
@@ -93,7 +102,8 @@ class Chunk:
         return torch.cat([x[:, a:b] for a, b in ranges], dim=1)
 
 
-def merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
+@lru_cache(maxsize=256)
+def merged(spans: tuple[Span, ...]) -> tuple[tuple[int, int], ...]:
     """Contiguous key ranges, whatever the kind of their blocks."""
     ranges: list[tuple[int, int]] = []
     for span in spans:
@@ -101,7 +111,79 @@ def merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
             ranges[-1] = (ranges[-1][0], span.stop)
         else:
             ranges.append((span.start, span.stop))
-    return ranges
+    return tuple(ranges)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to`, whose call is what costs where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-d tensor on the CPU, which an operator takes faster than a Python number."""
+    return torch.full((), value, dtype=dtype, device="cpu")
+
+
+class Place(NamedTuple):
+    """Where a chunk is: its indices, and what follows from them alone."""
+
+    named: dict[str, Tensor]
+    memo: dict[Node, Tensor]
+    wrapped: dict[tuple[Node, int], Tensor]
+    hidden: Tensor | None  # the mask of the whole chunk as something to add: 0, or -inf
+
+
+class Corner(NamedTuple):
+    """What a `Place` depends on: ranges of the indices, and the number of heads that share a key head."""
+
+    b: tuple[int, int]
+    h: tuple[int, int]
+    group: int
+    q_idx: tuple[int, int]
+    kv_idx: tuple[tuple[int, int], ...]
+    masked: bool  # whether the mask decides about every key
+
+
+def place_of(variant: Variant, corner: Corner, device: torch.device, sizes: tuple[tuple[int, ...], ...]) -> Place:
+    """The place at a corner; `sizes` are the shapes of the captured tensors."""
+
+    def positions(start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, dtype=torch.int32, device=device)
+
+    pieces = [positions(*piece) for piece in corner.kv_idx]
+    named = {
+        "b": positions(*corner.b).view(-1, 1, 1, 1, 1),
+        "h": positions(*corner.h).view(1, -1, corner.group, 1, 1),
+        "q_idx": positions(*corner.q_idx).view(-1, 1),
+        "kv_idx": pieces[0] if len(pieces) == 1 else torch.cat(pieces),
+    }
+    place = Place(named, {}, {}, None)
+    roots = [variant.score] + ([variant.mask] if corner.masked and variant.mask is not None else [])
+    found = steady(roots)
+    elements = sum(math.prod(named[str(axis)].numel() for axis in node.axes) for node in found)
+    if not found or device.type != "cpu" or elements > KEPT_ELEMENTS:
+        return place
+    inputs = Inputs(named, device=device, memo=place.memo)
+    evaluate(found, inputs)
+    for node in walk(*roots):
+        if node.op is Op.LOAD and len(node.args) == 2 and node.args[1] in place.memo:
+            base, index = node.args
+            assert isinstance(base.value, tuple)
+            (size,) = sizes[base.value[0]]
+            place.wrapped[index, size] = wrap_index(place.memo[index], size)
+    if variant.mask is None or variant.modifies_score or variant.mask not in place.memo:
+        return place
+    keep, dtype = place.memo[variant.mask], TORCH_DTYPE[variant.score_dtype]
+    return place._replace(hidden=_hidden(keep, dtype))
+
+
+_kept_place = lru_cache(maxsize=128)(place_of)
+
+
+def _hidden(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `keep`, else -inf."""
+    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, float("-inf"))
 
 
 class Walk:
@@ -118,6 +200,10 @@ class Walk:
         # With a linear mod the product already is in units of log2.
         self.q_scale = problem.scale * (LOG2E if self.linear else 1.0)
         self.group_size = max(1, problem.query.shape[1] // max(1, problem.key.shape[1]))
+
+    def scalar(self, value: float) -> Tensor | float:
+        """A number of the compute dtype as operators take it fastest."""
+        return number(value, self.dtype) if self.device.type == "cpu" else value
 
     def groups(self) -> tuple[Group, ...]:
         p = self.problem
@@ -146,54 +232,60 @@ class Walk:
             for start in range(first, last, step):
                 kv = slice(start, min(start + step, last))
                 heads = slice(group.head_start, group.head_stop) if single else slice(kv.start * size, kv.stop * size)
-                q = p.query[batches, heads].unflatten(1, (kv.stop - kv.start, 1 if single else size))
-                k, v = (t[kv_batches, kv].to(self.dtype).flatten(0, 1) for t in (p.key, p.value))
-                yield Part(kv_batches, batches, kv, heads, q.shape[:3], k, v, self._inputs(batches, heads, q.shape[:3]))
+                nb, nh = batches.stop - b, kv.stop - start
+                k, v = (
+                    _cast(t if t.shape[:2] == (nb, nh) else t[kv_batches, kv], self.dtype).flatten(0, 1)
+                    for t in (p.key, p.value)
+                )
+                yield Part(kv_batches, batches, kv, heads, (nb, nh, 1 if single else size), k, v)
 
     def width(self, tile: Tile) -> int:
         """Keys of a matrix product: short tiles take wider chunks."""
         rows = max(1, (tile.stop - tile.start) * self.group_size)
         return min(1024 if rows >= 128 else 1 << 14, max(MIN_WIDTH, TILE_ELEMENTS // rows // 2))
 
-    def _inputs(self, batches: slice, heads: slice, lead: Sequence[int]) -> Inputs:
-        p = self.problem
-        b = torch.arange(batches.start, batches.stop, dtype=torch.int32, device=self.device)
-        h = torch.arange(heads.start, heads.stop, dtype=torch.int32, device=self.device)
-        named = {"b": b.view(-1, 1, 1, 1, 1), "h": h.view(1, lead[1], lead[2], 1, 1)}
-        return Inputs(named, p.tensors, p.floats, p.ints, self.device)
-
     def chunks(self, part: Part, tile: Tile) -> Iterator[Chunk]:
         """The chunks of a tile's keys, with the masks of their partial columns."""
-        q_idx = torch.arange(tile.start, tile.stop, dtype=torch.int32, device=self.device).view(-1, 1)
+        p, mask = self.problem, self.variant.mask
+        b, h = (part.batches.start, part.batches.stop), (part.heads.start, part.heads.stop)
+        make = _kept_place if self.device.type == "cpu" else place_of
         for spans in chunks(tile.spans, self.width(tile)):
-            pieces = [torch.arange(a, b, dtype=torch.int32, device=self.device) for a, b in merged(spans)]
-            kv_idx = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            chunk = Chunk(spans, part.inputs.fork({"q_idx": q_idx, "kv_idx": kv_idx}))
-            if self.variant.mask is not None:
-                chunk.keep = list(self._masks(self.variant.mask, part, chunk, q_idx, kv_idx))
+            masked = mask is not None and len(spans) == 1 and spans[0].partial
+            corner = Corner(b, h, part.lead[2], (tile.start, tile.stop), merged(spans), masked)
+            place = make(self.variant, corner, self.device, tuple(t.shape for t in p.tensors))
+            inputs = Inputs(place.named, p.tensors, p.floats, p.ints, self.device, dict(place.memo), None, place.wrapped)
+            chunk = Chunk(spans, inputs)
+            if mask is not None:
+                keep = place.memo.get(mask)
+                chunk.keep = list(self._masks(mask, chunk)) if keep is None else [(0, chunk.width, keep)]
+                chunk.hidden = place.hidden
             yield chunk
 
-    def _masks(
-        self, mask: Node, part: Part, chunk: Chunk, q_idx: Tensor, kv_idx: Tensor
-    ) -> Iterator[tuple[int, int, Tensor]]:
+    def _masks(self, mask: Node, chunk: Chunk) -> Iterator[tuple[int, int, Tensor]]:
         column = 0
         for span in chunk.spans:
             stop = column + span.stop - span.start
             if span.partial:
-                (keep,) = evaluate([mask], part.inputs.fork({"q_idx": q_idx, "kv_idx": kv_idx[column:stop]}))
+                inputs = chunk.inputs
+                if len(chunk.spans) > 1:
+                    inputs = inputs.fork({"kv_idx": inputs.named["kv_idx"][column:stop]})
+                (keep,) = evaluate([mask], inputs)
                 yield column, stop, keep
             column = stop
 
     def scores(self, part: Part, chunk: Chunk, q: Tensor, k: Tensor) -> Tensor:
-        """Raw scores [N, G * rows, W] in a pooled buffer: in log2 units if the mod is linear."""
-        out = self.pool.take((q.shape[0], q.shape[1], k.shape[1]), self.dtype)
-        return torch.bmm(q, k.mT, out=out)
+        """Raw scores [N, G * rows, W], in a pooled buffer if they are many: in log2 units if the mod is linear."""
+        shape = q.shape[0], q.shape[1], k.shape[1]
+        if math.prod(shape) < Pool.SMALLEST:
+            return torch.bmm(q, k.mT)
+        return torch.bmm(q, k.mT, out=self.pool.take(shape, self.dtype))
 
     def modified(self, part: Part, chunk: Chunk, raw: Tensor) -> Tensor:
         """Modified and masked scores in log2 units, and -inf where masked. `raw` is overwritten if the mod is linear."""
         tile = self.tile_view(part, raw)
+        pool = None if raw.numel() < Pool.SMALLEST else self.pool
         if self.bias is not None:
-            (bias,) = evaluate([self.bias], chunk.inputs, self.pool)
+            (bias,) = evaluate([self.bias], chunk.inputs, pool)
             tile.add_(bias, alpha=LOG2E)
             self.pool.give(bias)
             result = raw
@@ -201,7 +293,7 @@ class Walk:
             result = raw
         else:
             inputs = chunk.inputs.fork({"score": tile})
-            (score,) = evaluate([self.variant.score], inputs, self.pool)
+            (score,) = evaluate([self.variant.score], inputs, pool)
             result = self.pool.take(raw.shape, self.dtype)
             torch.mul(score.expand(tile.shape), LOG2E, out=self.tile_view(part, result))
             self.pool.give(score)
@@ -210,16 +302,16 @@ class Walk:
             return result
         # Products of finite numbers: adding -inf hides them, at a fifth of the cost of choosing.
         for start, stop, keep in chunk.keep:
-            hidden = torch.zeros(keep.shape, dtype=self.dtype, device=self.device).masked_fill_(~keep, float("-inf"))
-            tile[..., start:stop] += hidden
+            hidden = _hidden(keep, self.dtype) if chunk.hidden is None else chunk.hidden[..., start:stop]
+            _columns(tile, start, stop).add_(hidden)
         return result
 
     def cut(self, part: Part, chunk: Chunk, x: Tensor, value: float) -> None:
         """`x[masked] = value`, in place."""
         tile = self.tile_view(part, x)
-        fill = torch.full((), value, dtype=x.dtype, device=x.device)
+        fill = self.scalar(value)
         for start, stop, keep in chunk.keep:
-            place = tile[..., start:stop]
+            place = _columns(tile, start, stop)
             torch.where(keep, place, fill, out=place)
 
     def tile_view(self, part: Part, x: Tensor) -> Tensor:
@@ -228,22 +320,36 @@ class Walk:
         return x.view(nb, nh, group, -1, x.shape[-1])
 
 
+def _columns(x: Tensor, start: int, stop: int) -> Tensor:
+    return x if start == 0 and stop == x.shape[-1] else x[..., start:stop]
+
+
 def forward(problem: Problem) -> Forward:
     """Output, lse and row maxima of the modified scores."""
-    walk = Walk(problem)
-    B, H, L, _ = problem.query.shape
-    out = empty_like_strides(problem.query, problem.value.shape[-1])
-    lse = torch.empty(B, H, L, dtype=walk.dtype, device=walk.device)
-    max_scores = torch.empty_like(lse)
-    for group in walk.groups():
+    walk, query = Walk(problem), problem.query
+    B, H, L, _ = query.shape
+    groups = walk.groups()
+    if len(groups) == 1 and len(groups[0].tiles) == 1 and query.is_contiguous():
+        part, *others = walk.parts(groups[0])
+        if not others:  # a small problem: its only tile is the result
+            out, lse, max_scores = _forward_tile(walk, part, groups[0].tiles[0])
+            return Forward(_cast(out, query.dtype).view(B, H, L, -1), lse.view(B, H, L), max_scores.view(B, H, L))
+    result = Forward(
+        empty_like_strides(query, problem.value.shape[-1]),
+        torch.empty(B, H, L, dtype=walk.dtype, device=walk.device),
+        torch.empty(B, H, L, dtype=walk.dtype, device=walk.device),
+    )
+    for group in groups:
         for part in walk.parts(group):
             for tile in group.tiles:
-                _forward_tile(walk, part, tile, out, lse, max_scores)
-    return Forward(out, lse, max_scores)
+                for target, source in zip(result, _forward_tile(walk, part, tile), strict=True):
+                    part.put(target, tile, source)
+    return result
 
 
-def _forward_tile(walk: Walk, part: Part, tile: Tile, out: Tensor, lse: Tensor, max_scores: Tensor) -> None:
-    q = part.rows(walk.problem.query, tile).mul(walk.q_scale)
+def _forward_tile(walk: Walk, part: Part, tile: Tile) -> Forward:
+    """out [N, G * rows, Ev], lse and max_scores [N, G * rows] of a tile, in the compute dtype."""
+    q = part.rows(walk.problem.query, tile).mul(walk.scalar(walk.q_scale))
     m_i: Tensor | None = None
     for chunk in walk.chunks(part, tile):
         k, v = chunk.columns(part.k), chunk.columns(part.v)
@@ -267,11 +373,13 @@ def _forward_tile(walk: Walk, part: Part, tile: Tile, out: Tensor, lse: Tensor, 
             walk.pool.give(raw)
         walk.pool.give(p)
     if m_i is None:  # rows that attend to nothing
-        where = (part.batches, part.heads, slice(tile.start, tile.stop))
-        out[where] = 0
-        lse[where] = max_scores[where] = float("-inf")
-        return
-    nothing = l_i == 0
-    part.put(out, tile, acc.div_(l_i.masked_fill(nothing, 1.0)))
-    part.put(lse, tile, (torch.log2(l_i) + m_i).mul_(1 / LOG2E).masked_fill_(nothing, float("-inf")).squeeze(-1))
-    part.put(max_scores, tile, m_i.mul(1 / LOG2E).masked_fill_(nothing, float("-inf")).squeeze(-1))
+        nothing_at_all = q.new_full(q.shape[:2], float("-inf"))
+        return Forward(q.new_zeros(*q.shape[:2], part.v.shape[-1]), nothing_at_all, nothing_at_all.clone())
+    unit = walk.scalar(1 / LOG2E)
+    lse, max_scores = torch.log2(l_i).add_(m_i).mul_(unit), m_i.mul(unit)
+    # Asking the CPU whether a row attends to nothing costs less than to provide for it.
+    if not (walk.device.type == "cpu" and l_i.min().item() > 0):
+        nothing = l_i == 0
+        l_i = l_i.masked_fill(nothing, 1.0)
+        lse.masked_fill_(nothing, float("-inf")), max_scores.masked_fill_(nothing, float("-inf"))
+    return Forward(acc.div_(l_i), lse.squeeze(-1), max_scores.squeeze(-1))

@@ -122,7 +122,9 @@ def modes_are_active() -> bool:
 
 def watched() -> bool:
     """Whether someone may look at calls of operators: a mode, a transform, a profiler, or a trace of torch.jit."""
-    return bool(_profiling() or _function_modes() or _dispatch_modes() or transforms_are_active() or torch.jit.is_tracing())
+    return bool(
+        _profiling() or _function_modes() or _dispatch_modes() or transforms_are_active() or torch.jit.is_tracing()
+    )
 
 
 def only_calls_forward(module: torch.nn.Module) -> bool:

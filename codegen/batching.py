@@ -31,8 +31,8 @@ def folded(text: str, batched: Sequence[bool]) -> str:
         # Loads from the inside out: the index of one may hold another.
         done = dict(rewrite)
         for node in walk(*roots):
-            if node.op is Op.LOAD and batched[_position(node)]:
-                position, rank = node.args[0].value  # type: ignore[misc]
+            if node.op is Op.LOAD and batched[_captured(node)[0]]:
+                position, rank = _captured(node)
                 base = Node(Op.CAPTURED, (), node.dtype, Kind.ELEMENT, (position, rank + 1))
                 index = substitute(list(node.args[1:]), done)
                 done[node] = load(base, number, *index)
@@ -58,9 +58,11 @@ def _printed(text: str, change: Callable[[list[Node]], list[Node]]) -> str:
     return print_program(score, mask[0] if mask else None, parsed.score_dtype).text
 
 
-def _position(node: Node) -> int:
-    position, _ = node.args[0].value  # type: ignore[misc]
-    return int(position)
+def _captured(load: Node) -> tuple[int, int]:
+    """Number and rank of the tensor that is read."""
+    value = load.args[0].value
+    assert isinstance(value, tuple)
+    return value
 
 
 def _new_int(number: int) -> Node:

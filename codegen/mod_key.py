@@ -28,6 +28,8 @@ _CONTAINERS = frozenset((tuple, list, dict, torch.Size))
 _METACLASSES = (type, ABCMeta)
 _EQUAL: Any = object.__eq__
 _GETATTRIBUTE: Any = object.__getattribute__
+_MODULE_CALL: Any = torch.nn.Module.__call__
+_MODULE_GETATTR: Any = torch.nn.Module.__getattr__
 _UNBOUND = object()
 _MISSING = object()
 
@@ -162,7 +164,7 @@ class Reached:
             return
         if value.__dict__:
             raise Opaque("a partial has attributes of its own")
-        self.parts += ("partial", len(value.args), *value.keywords)
+        self.parts += ("partial", len(value.args), len(value.keywords), *value.keywords)
         for item in (value.func, *value.args, *value.keywords.values()):
             self._value(item)
 
@@ -182,8 +184,9 @@ class Reached:
         if plan.loose:
             self._loose |= plan.loose
         for given in (function.__kwdefaults__, function.__dict__):
+            self.parts.append(len(given) if given else 0)
             if given:
-                self.parts += (len(given), *given)
+                self.parts += given
                 for value in tuple(given.values()):
                     self._value(value)
         defaults = function.__defaults__
@@ -251,7 +254,7 @@ class Reached:
             for value in tuple(vars(instance).values()):
                 self._value(value)
         name = "__call__"
-        if isinstance(instance, torch.nn.Module) and kind.__call__ is torch.nn.Module.__call__:
+        if isinstance(instance, torch.nn.Module) and kind.__call__ is _MODULE_CALL:
             if not only_calls_forward(instance):
                 raise Opaque("a module has hooks, or is compiled")
             name = "forward"
@@ -315,7 +318,7 @@ def _looked_up(value: Any, kind: type, name: str) -> tuple[tuple[Any, Any] | Non
         return (raw.__func__, _UNBOUND), None
     if raw is not _MISSING and not hasattr(type(raw), "__get__"):
         return None, raw
-    if raw is _MISSING and getattr(kind, "__getattr__", None) is torch.nn.Module.__getattr__:
+    if raw is _MISSING and getattr(kind, "__getattr__", None) is _MODULE_GETATTR:
         for space in (value._parameters, value._buffers, value._modules):
             if name in space:
                 return None, space[name]

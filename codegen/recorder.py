@@ -30,7 +30,6 @@ from .values import Value, View, fold, known, number_of, pick
 
 MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the kernel
 
-_SIGNATURE = frozenset(("dtype", "device", "shape", "ndim"))  # attributes that say nothing of values
 _VALUE_READS = frozenset(
     ("__bool__", "item", "__int__", "__float__", "__index__", "tolist", "numpy", "__array__", "__contains__", "nonzero")
 )
@@ -54,6 +53,7 @@ ATTRIBUTES = frozenset(
 QUERIES = frozenset(
     ("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__")
 )
+_SIGNATURE = QUERIES | {"dtype", "device", "shape", "ndim"}  # what says nothing of values
 
 
 class Placeholder(Tensor):
@@ -167,7 +167,8 @@ class Recorder(TorchFunctionMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
         name = getattr(func, "__name__", "")
-        self.hoists |= name not in QUERIES and not (name == "__get__" and func.__self__.__name__ in _SIGNATURE)
+        asked = getattr(func.__self__, "__name__", "") if name == "__get__" else name
+        self.hoists |= asked not in _SIGNATURE
         if name in RANDOM and not (name == "dropout" and kwargs.get("training") is False):
             raise random_number(name)
         writes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or canonical(name)[1]

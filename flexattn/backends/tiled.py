@@ -23,8 +23,8 @@ from ..codegen.ir import Node, Op
 from ..codegen.pipeline import Variant
 from ..layout import empty_like_strides
 from ..problem import Problem
-from .kept import kept
 from .indices import Corner, hidden, kept_place_of, number, place_of
+from .kept import kept
 from .schedule import Leg, Span, Split, Tile, chunks, everything, legs, width
 
 LOG2E = 1 / math.log(2)
@@ -96,7 +96,8 @@ class Chunk:
         """The chunk's rows of K or V [N, S, D]: a view if the keys are contiguous."""
         ranges = merged(self.spans)
         if len(ranges) == 1:
-            return x[:, ranges[0][0] : ranges[0][1]]
+            start, stop = ranges[0]
+            return x if start == 0 and stop == x.shape[1] else x[:, start:stop]
         return torch.cat([x[:, a:b] for a, b in ranges], dim=1)
 
 
@@ -201,6 +202,8 @@ class Walk:
 
     def modified(self, part: Part, chunk: Chunk, raw: Tensor) -> Tensor:
         """Modified and masked scores in log2 units, and -inf where masked. `raw` is overwritten if the mod is linear."""
+        if self.linear and self.bias is None and not chunk.keep:
+            return raw
         tile = self.tile_view(part, raw)
         pool = None if raw.numel() < Pool.SMALLEST else self.pool
         if self.bias is not None:
@@ -228,7 +231,9 @@ class Walk:
     def cut(self, part: Part, chunk: Chunk, x: Tensor, value: float) -> None:
         """`x[masked] = value`, in place."""
         tile = self.tile_view(part, x)
-        fill = number(value, x.dtype) if x.device.type == "cpu" else torch.full((), value, dtype=x.dtype, device=x.device)
+        fill = (
+            number(value, x.dtype) if x.device.type == "cpu" else torch.full((), value, dtype=x.dtype, device=x.device)
+        )
         for start, stop, keep in chunk.keep:
             place = _columns(tile, start, stop)
             torch.where(keep, place, fill, out=place)

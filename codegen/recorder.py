@@ -100,10 +100,8 @@ def _find_placeholder(item: Any) -> Placeholder | None:
 
 
 class Recorder(TorchFunctionMode):
-    """Collects what a mod captures while it runs. `captured`, `floats` and `ints` are in the order of first use.
-
-    `hoists`: whether it did more with captured tensors than to index them and to ask for dtypes, shapes and devices.
-    """
+    """Collects what a mod captures while it runs. `captured`, `floats` and `ints` are in the order of first use; `hoists`
+    tells whether it did more with captured tensors than to index them and to ask for dtypes, shapes and devices."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

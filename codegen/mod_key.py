@@ -179,6 +179,8 @@ class Reached:
         plan = plan_of(function.__code__)
         if plan.refusal:
             raise Opaque(f"{plan.refusal}, in `{function.__qualname__}`")
+        if bound is not _UNBOUND and not plan.code.co_argcount:
+            raise Opaque("a method takes itself as one of `*args`")
         self.parts.append(plan)
         self._in_place |= plan.in_place
         if plan.loose:

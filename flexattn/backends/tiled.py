@@ -28,6 +28,9 @@ from .kept import kept
 from .schedule import Leg, Span, Split, Tile, chunks, everything, legs, width
 
 LOG2E = 1 / math.log(2)
+KEPT_BLOCKS = (
+    1 << 16
+)  # entries of block lists: the order of work of longer ones is as large, and costs little beside the work
 
 
 class Forward(NamedTuple):
@@ -145,6 +148,8 @@ class Walk:
         rest = p.block_size, (B, H, L, S), self.group_size, p.key.shape[0] != B
         if not p.block_mask:
             return everything(*rest)
+        if sum([t.numel() for t in p.block_mask]) > KEPT_BLOCKS:
+            return legs(p.block_mask, *rest)
         return kept("legs", p.block_mask, rest, lambda: legs(p.block_mask, *rest))
 
     def part(self, split: Split) -> Part:

@@ -312,6 +312,18 @@ def test_a_method_that_passes_itself_on() -> None:
     assert hits(passes.nested)
 
 
+def test_a_method_that_takes_itself_as_one_of_many() -> None:
+    class Sized:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def mod(*args: Any) -> Any:
+            return args[1] * args[0].size
+
+    for size in (2, 3):
+        assert_same(Sized(size).mod)
+
+
 def test_errors_are_raised_at_every_call() -> None:
     def branching(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return s if q > k else -s

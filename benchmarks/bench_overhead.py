@@ -44,7 +44,7 @@ CASES = {
     "method": "ALiBi as a method of an nn.Module, and a causal block mask",
 }
 PASSES = ("forward", "forward, recorded", "forward and backward")
-CALLS = 5  # in one measurement: short, so that other processes seldom fall into it
+CALLS = 20  # in one measurement
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, eager contenders only")
     parser.add_argument("--smoke", action="store_true", help="one round of two cases, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, help="write PATH.json and PATH.md")
     options = parser.parse_args()

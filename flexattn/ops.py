@@ -302,9 +302,7 @@ def attention(
     backend: str,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`flexattn::forward`. Plain tensors on a CPU, which nobody watches, go to its kernels without the dispatcher: two
-    thirds of what an eager call of the operator costs beside its work.
-    """
+    """`flexattn::forward`. Plain tensors on a CPU, which nobody watches, go to its kernels without the dispatcher."""
     made: tuple[Tensor, Tensor, Tensor]
     rest = (captured, block_mask, ints, block_size, program, scale, backend, options)
     tensors = (query, key, value, *captured, *block_mask)

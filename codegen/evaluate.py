@@ -10,11 +10,12 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .ir import DType, Node, Op, walk
+from .ir import INDEX_INPUTS, DType, Node, Op, walk
 
 TORCH_DTYPE: dict[DType, torch.dtype] = {d: getattr(torch, d.value) for d in DType}
 IR_DTYPE: dict[torch.dtype, DType] = {t: d for d, t in TORCH_DTYPE.items()}
@@ -75,7 +76,8 @@ class Inputs:
 
     `named` maps `score`, `b`, `h`, `q_idx`, `kv_idx`, `grad` to tensors; `captured` holds c0, c1, ... followed by the
     run-time floats as 0-d tensors; `ints` the run-time integers. `on_load` sees each loaded value, for instance to hook
-    its gradient. Results in `memo` are reused, which is how values that no tile changes are computed once.
+    its gradient. Results in `memo` are reused, which is how values that no tile changes are computed once. `wrapped` holds
+    indices as `wrap_index` gives them for a size, where they are known.
     """
 
     named: Mapping[str, Tensor]
@@ -85,12 +87,16 @@ class Inputs:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memo: dict[Node, Tensor] = field(default_factory=dict)
     on_load: Callable[[Tensor], Tensor] | None = None
+    wrapped: Mapping[tuple[Node, int], Tensor] = field(default_factory=dict)
 
     def fork(self, named: Mapping[str, Tensor]) -> Inputs:
         """The same inputs with some tensors replaced; what depends on none of the replaced ones is kept."""
         changed = frozenset(named)
         kept = {n: t for n, t in self.memo.items() if not n.axes & changed}
-        return Inputs({**self.named, **named}, self.captured, self.floats, self.ints, self.device, kept, self.on_load)
+        wrapped = {key: t for key, t in self.wrapped.items() if not key[0].axes & changed}
+        return Inputs(
+            {**self.named, **named}, self.captured, self.floats, self.ints, self.device, kept, self.on_load, wrapped
+        )
 
 
 class Pool:
@@ -122,13 +128,31 @@ class Pool:
             self._free.append(taken[1])
 
 
+@lru_cache(maxsize=1024)
+def _order(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    return tuple(n for n in walk(*nodes) if n.op is not Op.CAPTURED)
+
+
+def steady(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes below `nodes` that depend on indices alone, on no tensor and no run-time number."""
+    found: dict[Node, None] = {}
+    for node in _order(tuple(nodes)):
+        if node.op is Op.INPUT:
+            constant = node.value in INDEX_INPUTS
+        else:
+            constant = node.op not in (Op.LOAD, Op.FLOAT, Op.INT) and all(a in found for a in node.args)
+        if constant:
+            found[node] = None
+    return tuple(found)
+
+
 def evaluate(nodes: Sequence[Node], inputs: Inputs, pool: Pool | None = None) -> list[Tensor]:
     """The values of `nodes`. Negative indices of captured tensors wrap; indices beyond the tensor read its border.
 
     With a `pool`, large results live in it: the caller gives them back, and intermediate ones return by themselves.
     """
     memo = inputs.memo
-    todo = [n for n in walk(*nodes) if n not in memo and n.op is not Op.CAPTURED]
+    todo = [n for n in _order(tuple(nodes)) if n not in memo]
     if pool is None:
         for node in todo:
             memo[node] = _value(node, inputs)
@@ -147,12 +171,19 @@ def evaluate(nodes: Sequence[Node], inputs: Inputs, pool: Pool | None = None) ->
     return results
 
 
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The common shape of operands that broadcast; `torch.broadcast_shapes` takes twenty times as long."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
+
+
 def _value_in(node: Node, inputs: Inputs, pool: Pool, made: set[Node]) -> Tensor:
     """One value, in the pool if it is large and its operation can write to a given tensor."""
     args = [inputs.memo[a] for a in node.args] if node.op in EVALUATE or node.op is Op.CAST else []
     if not args or node.op in (Op.DETACH, Op.TRUNCDIV):
         return _value(node, inputs)
-    shape = args[0].shape if len(args) == 1 else torch.broadcast_shapes(*(a.shape for a in args))
+    shape = args[0].shape if len(args) == 1 else broadcast(*(a.shape for a in args))
     if math.prod(shape) < Pool.SMALLEST:
         return _value(node, inputs)
     out = pool.take(shape, TORCH_DTYPE[node.dtype])
@@ -182,6 +213,9 @@ def _value(node: Node, inputs: Inputs) -> Tensor:
             tensor = inputs.captured[base.value[0]]
             if not index:  # a 0-d tensor may be anywhere, as in torch
                 tensor = tensor.to(inputs.device)
+            known = [inputs.wrapped.get((i, n)) for i, n in zip(index, tensor.shape, strict=True)]
+            if len(known) == 1 and known[0] is not None and tensor.numel() and inputs.on_load is None:
+                return tensor.take(known[0])
             return _load(tensor, [memo[i] for i in index], inputs.on_load)
     raise AssertionError(f"no meaning for {op}")
 

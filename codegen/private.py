@@ -48,6 +48,15 @@ USES = {
         Use("torch._C._AutoDispatchBelowAutograd", "the operator's autograd kernel"),
         Use("torch._C._after_autograd_keyset", "the operator's autograd kernel"),
         Use("torch._C._are_functorch_transforms_active", "torch.func transforms"),
+        Use("torch._C._autograd._profiler_enabled", "noticing that operators are recorded"),
+        Use("torch._C._len_torch_function_stack", "noticing modes that change what a mod does"),
+        Use("torch._C._len_torch_dispatch_stack", "noticing modes that change what a mod does"),
+        Use("torch.overrides._get_current_function_mode_stack", "noticing modes that change what a mod does"),
+        Use("torch.utils._device.DeviceContext", "telling a default device from other modes"),
+        Use("torch.nn.modules.module._global_forward_hooks", "noticing hooks of modules"),
+        Use("torch.nn.modules.module._global_forward_pre_hooks", "noticing hooks of modules"),
+        Use("torch.nn.modules.module._global_backward_hooks", "noticing hooks of modules"),
+        Use("torch.nn.modules.module._global_backward_pre_hooks", "noticing hooks of modules"),
         Use("torch._C.DisableTorchFunctionSubclass", "placeholders of a trace"),
         Use("torch.Tensor._make_wrapper_subclass", "placeholders of a trace"),
         Use("torch.Tensor._base", "telling writes to captured tensors from writes to a mod's own"),
@@ -97,6 +106,36 @@ make_wrapper_subclass: Callable[..., Any] = find("torch.Tensor._make_wrapper_sub
 base_of: Callable[[torch.Tensor], torch.Tensor | None] = find("torch.Tensor._base").__get__
 version_of: Callable[[torch.Tensor], int] = find("torch.Tensor._version").__get__
 find("torch.autograd.forward_ad._current_level")
+_profiling: Callable[[], bool] = find("torch._C._autograd._profiler_enabled")
+_function_modes: Callable[[], int] = find("torch._C._len_torch_function_stack")
+_dispatch_modes: Callable[[], int] = find("torch._C._len_torch_dispatch_stack")
+_function_mode_stack: Callable[[], list[Any]] = find("torch.overrides._get_current_function_mode_stack")
+_DeviceContext = find("torch.utils._device.DeviceContext")
+_GLOBAL_HOOKS = tuple(find(name) for name in USES if name.startswith("torch.nn.modules.module._global"))
+
+
+def modes_are_active() -> bool:
+    """Whether torch's functions may do something else than usual. A default device does not count."""
+    if _dispatch_modes() or transforms_are_active():
+        return True
+    return _function_modes() > 0 and not all(type(mode) is _DeviceContext for mode in _function_mode_stack())
+
+
+def watched() -> bool:
+    """Whether someone may look at calls of operators: a mode, a transform, a profiler, or a trace of torch.jit."""
+    return bool(
+        _profiling() or _function_modes() or _dispatch_modes() or transforms_are_active() or torch.jit.is_tracing()
+    )
+
+
+def only_calls_forward(module: torch.nn.Module) -> bool:
+    """Whether calling a module is calling its `forward`: it has no hooks and is not compiled."""
+    return (
+        module._compiled_call_impl is None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not any(_GLOBAL_HOOKS)
+    )
 
 
 def forward_mode_is_on() -> bool:

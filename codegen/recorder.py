@@ -33,9 +33,9 @@ MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the k
 _VALUE_READS = frozenset(
     ("__bool__", "item", "__int__", "__float__", "__index__", "tolist", "numpy", "__array__", "__contains__", "nonzero")
 )
-_REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
-_SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
-_ATTRIBUTES = frozenset(
+REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
+SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
+ATTRIBUTES = frozenset(
     (
         "dtype",
         "device",
@@ -50,9 +50,10 @@ _ATTRIBUTES = frozenset(
         "itemsize",
     )
 )
-_QUERIES = frozenset(
+QUERIES = frozenset(
     ("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__")
 )
+_SIGNATURE = QUERIES | {"dtype", "device", "shape", "ndim"}  # what says nothing of values
 
 
 class Placeholder(Tensor):
@@ -99,7 +100,8 @@ def _find_placeholder(item: Any) -> Placeholder | None:
 
 
 class Recorder(TorchFunctionMode):
-    """Collects what a mod captures while it runs. `captured`, `floats` and `ints` are in the order of first use."""
+    """Collects what a mod captures while it runs. `captured`, `floats` and `ints` are in the order of first use; `hoists`
+    tells whether it did more with captured tensors than to index them and to ask for dtypes, shapes and devices."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -107,6 +109,7 @@ class Recorder(TorchFunctionMode):
         self.captured: list[Tensor] = []
         self.floats: list[float | Tensor] = []
         self.ints: list[Any] = []
+        self.hoists = False
         self._number: dict[int, int] = {}
         self._own: dict[int, Tensor] = {}  # tensors made while the mod runs, which it may write to
 
@@ -135,7 +138,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
-        if name in _QUERIES:
+        if name in QUERIES:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _VALUE_READS:
@@ -159,9 +162,11 @@ class Recorder(TorchFunctionMode):
             return args[0]
         return self.placeholder(result)
 
-    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
         name = getattr(func, "__name__", "")
+        asked = getattr(func.__self__, "__name__", "") if name == "__get__" else name
+        self.hoists |= asked not in _SIGNATURE
         if name in RANDOM and not (name == "dropout" and kwargs.get("training") is False):
             raise random_number(name)
         writes = name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or canonical(name)[1]
@@ -179,7 +184,7 @@ class Recorder(TorchFunctionMode):
         attribute = getattr(func.__self__, "__name__", "") if name == "__get__" else ""
         if attribute in ("T", "mT", "data"):
             return args[0]
-        if attribute not in _ATTRIBUTES:
+        if attribute not in ATTRIBUTES:
             raise unsupported(f".{attribute or 'an attribute assignment'}")
         with DisableTorchFunctionSubclass():
             return func(*args)
@@ -187,14 +192,14 @@ class Recorder(TorchFunctionMode):
     def _compute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         if func is Tensor.where:
             args = (args[1], args[0], *args[2:])
-        if name in _REDUCTIONS and not (name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor)):
+        if name in REDUCTIONS and not (name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor)):
             return self._reduce(name, args, kwargs)
         if name in ("max", "min"):
             name = "maximum" if name == "max" else "minimum"
         if name in ("matmul", "dot", "inner"):
             products = self._elementwise(FUNCTIONS["mul"], name, args, {})
             return fold("sum", products)
-        if name in _SHAPE_ONLY:
+        if name in SHAPE_ONLY:
             value = self._value(args[0])
             if value.shape == ():
                 return value

@@ -42,6 +42,25 @@ class Trace(NamedTuple):
     ints: list[Any]
 
 
+class Recording(NamedTuple):
+    """A traced variant before its run-time numbers become tensors. `hoists`: see `Recorder`."""
+
+    program: str
+    tensors: list[Tensor]
+    floats: list[float | Tensor]
+    ints: list[Any]
+    hoists: bool
+
+    def trace(self) -> Trace:
+        return Trace(self.program, self.tensors + [operand(f) for f in self.floats], self.ints)
+
+
+def operand(number: float | Tensor) -> Tensor:
+    """A run-time float as the operators take it."""
+    # full, not tensor: it can be traced by make_fx without becoming a stored constant
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64)
+
+
 def trace(
     score_mod: ScoreMod | None,
     mask_mod: MaskMod | None,
@@ -53,8 +72,14 @@ def trace(
 
     Raises `TraceError` with the user's file and line for what no kernel can do.
     """
+    return record(score_mod, mask_mod, score_dtype, torch.device(device)).trace()
+
+
+def record(
+    score_mod: ScoreMod | None, mask_mod: MaskMod | None, score_dtype: torch.dtype, device: torch.device
+) -> Recording:
     score_type = IR_DTYPE[score_dtype]
-    recorder = Recorder(torch.device(device))
+    recorder = Recorder(device)
     score: Node = input_node("score", score_type)
     mask: Node | None = None
     with default_float(IR_DTYPE[torch.get_default_dtype()]):
@@ -63,12 +88,9 @@ def trace(
         if mask_mod is not None:
             mask = _run("mask_mod", mask_mod, recorder, None)
     printed = print_program(score, mask, score_type)
-    captured = [recorder.captured[i] for i in printed.captured]
-    for i in printed.floats:
-        number = recorder.floats[i]
-        # full, not tensor: it can be traced by make_fx without becoming a stored constant
-        captured.append(number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64))
-    return Trace(printed.text, captured, [recorder.ints[i] for i in printed.ints])
+    tensors = [recorder.captured[i] for i in printed.captured]
+    floats, ints = [recorder.floats[i] for i in printed.floats], [recorder.ints[i] for i in printed.ints]
+    return Recording(printed.text, tensors, floats, ints, recorder.hoists)
 
 
 def _run(role: str, mod: Callable[..., Any], recorder: Recorder, score: Node | None) -> Node:

@@ -19,7 +19,8 @@ from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import HigherOrderOperator, find, transforms_are_active
 from .codegen.tiles import DEFAULT_MEMORY
-from .codegen.trace import describe, trace
+from .codegen.trace import describe
+from .codegen.trace_cache import cached_trace
 from .debug import check_indices, debugging
 from .errors import KernelError
 from .graph_mod import GraphMod, explaining
@@ -68,7 +69,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(scale, torch.SymFloat):  # operators take no symbolic floats, but programs do
         score_mod, scale = _scaled(score_mod, scale), 1.0
-    program, captured, ints = trace(score_mod, mask_mod, score_dtype=_score_dtype(query), device=query.device)
+    program, captured, ints = cached_trace(score_mod, mask_mod, score_dtype=_score_dtype(query), device=query.device)
     validate.captured(captured, query.device)
     if backend != "reference":
         validate.no_forward_mode((query, key, value, *captured))
@@ -84,10 +85,10 @@ def _attention(
             with without_autocast(query.device):
                 dense = reference.solve(problem)
             return dense if split is None else split.join(dense)
-    attend = transforms.attention if transforms_are_active() else ops.FORWARD
+    attend = transforms.attention if transforms_are_active() else ops.attention
     try:
         result: tuple[Tensor, Tensor, Tensor] = attend(
-            query, key, value, captured, list(block_mask), ints, list(block_size), program, scale, backend, options
+            query, key, value, captured, block_mask, ints, block_size, program, scale, backend, options
         )
     except KernelError as error:
         raise _placed(error, score_mod, mask_mod, variant(program)) from error.__cause__
@@ -142,7 +143,7 @@ def _block_lists(
     memory: int,
     trim: bool,
 ) -> tuple[Tensor, ...]:
-    program, captured, ints = trace(None, mask_mod, device=like.device)
+    program, captured, ints = cached_trace(None, mask_mod, device=like.device)
     validate.captured(captured, like.device)
     mask = variant(program).mask
     axes = frozenset() if mask is None else mask.axes

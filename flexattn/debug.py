@@ -59,9 +59,9 @@ def check_indices(problem: Problem) -> None:
     walker = Walk(problem)
     for load in (n for n in walk(*roots) if n.op is Op.LOAD and len(n.args) > 1):
         in_mask = problem.variant.mask is not None and load in set(walk(problem.variant.mask))
-        for group in walker.groups():
-            for part in walker.parts(group):
-                for tile in group.tiles:
+        for leg in walker.legs():
+            for part in walker.parts(leg):
+                for tile in leg.group.tiles:
                     for chunk in walker.chunks(part, tile):
                         keep = torch.ones((1, 1, 1, 1, chunk.width), dtype=torch.bool, device=walker.device)
                         if not in_mask:

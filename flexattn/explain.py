@@ -17,6 +17,7 @@ from .codegen.emit import functions
 from .codegen.formula import formula, gradients, inline
 from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
+from .codegen.trace_cache import why_uncached
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Explanation:
         kernels: the kernels for the target, and where they could be compiled their configuration, registers, spills and
             shared memory.
         backend: which backend `flex_attention` chooses on a CPU, and how it applies the score.
+        tracing: whether eager calls trace the mods once, or why they trace them at every call.
     """
 
     program: str
@@ -44,6 +46,7 @@ class Explanation:
     functions: str
     kernels: str
     backend: str
+    tracing: str
 
     def __str__(self) -> str:
         sections = {
@@ -55,6 +58,7 @@ class Explanation:
             "functions": self.functions,
             "kernels": self.kernels,
             "backend": self.backend,
+            "tracing": self.tracing,
         }
         return "\n\n".join(f"{title}\n" + _indent(text) for title, text in sections.items())
 
@@ -119,6 +123,7 @@ def explain(
         _functions(parsed, captured),
         _kernels(parsed, captured, ints, dtype, head_dim, target),
         _backend(parsed),
+        _tracing(why_uncached(score_mod, mask_mod, score_dtype=score_dtype, device=torch.device("cpu"))),
     )
     if not quiet:
         for role, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
@@ -192,6 +197,10 @@ def _backend(parsed: Any) -> str:
         how = "the mod is evaluated on each tile of scores"
     mask = "no mask" if parsed.mask is None else "partial blocks are masked element by element, full blocks are not"
     return f"on a CPU: tiled (torch operators, online softmax in base 2); {how}; {mask}"
+
+
+def _tracing(reason: str) -> str:
+    return f"at every call, because {reason}" if reason else "once, until something that the mods reach changes"
 
 
 def _names(mods: tuple[Any, ...]) -> dict[int, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .block_mask import BlockMask
 from .codegen.pipeline import variant
 from .codegen.private import version_of
-from .codegen.trace import trace
+from .codegen.trace_cache import cached_trace
 from .create import create_block_mask
 from .notices import say_rebuilt_mask
 
@@ -34,7 +34,7 @@ def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tenso
     if torch.compiler.is_compiling():
         say_rebuilt_mask()
         return create_block_mask(mask_mod, B, H, L, S, device=query.device)
-    program, captured, ints = trace(None, mask_mod, device=query.device)
+    program, captured, ints = cached_trace(None, mask_mod, device=query.device)
     parsed = variant(program)
     axes = frozenset() if parsed.mask is None else parsed.mask.axes
     B, H = (B if "b" in axes else 1), (H if "h" in axes else 1)

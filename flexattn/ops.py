@@ -20,7 +20,7 @@ from .autocast import without_autocast
 from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
-from .codegen.private import AFTER_AUTOGRAD, AutoDispatchBelowAutograd
+from .codegen.private import AFTER_AUTOGRAD, AutoDispatchBelowAutograd, watched
 from .codegen.reach import check_reach
 from .codegen.tiles import DEFAULT_MEMORY, classify
 from .kernel_options import parsed_options
@@ -210,10 +210,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, n_captured: int, options: tuple[Any, ...], *tensors: Tensor) -> Any:
         q, k, v, *rest = tensors
-        with AutoDispatchBelowAutograd():
-            out, lse, max_scores = FORWARD.redispatch(
-                keyset & AFTER_AUTOGRAD, q, k, v, rest[:n_captured], rest[n_captured:], *options
-            )
+        out, lse, max_scores = _below_autograd(keyset, q, k, v, rest[:n_captured], rest[n_captured:], *options)
         ctx.options, ctx.n_captured = options, n_captured
         ctx.mark_non_differentiable(max_scores)
         ctx.set_materialize_grads(False)
@@ -258,6 +255,14 @@ NO_SECOND_DERIVATIVE = (
 )
 
 
+def _below_autograd(keyset: Any, *operands: Any) -> Any:
+    """The forward without its gradient. No `keyset`: the kernel itself, see `attention`."""
+    with AutoDispatchBelowAutograd():
+        if keyset is None:
+            return _forward(*operands)
+        return FORWARD.redispatch(keyset & AFTER_AUTOGRAD, *operands)
+
+
 def _autograd(
     keyset: Any,
     query: Tensor,
@@ -273,8 +278,34 @@ def _autograd(
     tensors = (query, key, value, *captured)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Attention.apply(keyset, len(captured), options, *tensors, *block_mask)  # type: ignore[no-untyped-call]
-    with AutoDispatchBelowAutograd():
-        return FORWARD.redispatch(keyset & AFTER_AUTOGRAD, query, key, value, captured, block_mask, *options)
+    return _below_autograd(keyset, query, key, value, captured, block_mask, *options)
 
 
 LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor],
+    block_mask: Sequence[Tensor],
+    ints: Sequence[int],
+    block_size: Sequence[int],
+    program: str,
+    scale: float,
+    backend: str,
+    options: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`flexattn::forward`. Plain tensors on a CPU, which nobody watches, go to its kernels without the dispatcher."""
+    made: tuple[Tensor, Tensor, Tensor]
+    rest = (captured, block_mask, ints, block_size, program, scale, backend, options)
+    tensors = (query, key, value, *captured, *block_mask)
+    if query.device.type == "cpu" and backend == "tiled" and all(type(t) in _PLAIN for t in tensors) and not watched():
+        made = _autograd(None, query, key, value, *rest)
+    else:
+        made = FORWARD(query, key, value, list(captured), list(block_mask), ints, list(block_size), *rest[4:])
+    return made
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))

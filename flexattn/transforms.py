@@ -28,6 +28,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flexattn::forward`, with its arguments, where transforms are active."""
     sizes = len(captured), len(block_mask)
+    ints, block_size, *rest = options
+    options = (list(ints), list(block_size), *rest)
     made: tuple[Tensor, Tensor, Tensor] = _Forward.apply(sizes, options, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
     return made
 

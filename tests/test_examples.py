@@ -74,6 +74,24 @@ def test_the_block_mask_benchmark_measures_both_libraries_and_writes_its_table(t
     assert "| natten_2d | 1,024 |" in out.with_suffix(".md").read_text()
 
 
+def test_the_benchmark_of_host_time_measures_and_writes_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "overhead"
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "bench_overhead.py"), "--smoke", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert {(r["case"], r["implementation"]) for r in found["records"]} == {
+        (case, name) for case in ("none", "method") for name in ("flexattn", "sdpa")
+    }
+    assert all(us > 0 for parts in found["parts_us"].values() for us in parts.values())
+    assert "| method | forward and backward |" in out.with_suffix(".md").read_text()
+
+
 def block_mask_benchmark() -> Any:
     spec = spec_from_file_location("bench_block_mask", ROOT / "benchmarks" / "bench_block_mask.py")
     assert spec is not None and spec.loader is not None

@@ -5,39 +5,26 @@ Made once for a block mask and kept as long as its tensors live and are not writ
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..block_lists import adjacent, by_column
-from ..codegen.private import version_of
 from ..templates.arguments import Lists
-
-Made = TypeVar("Made")
-
-
-class _Entry(NamedTuple):
-    tensors: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[int, ...]
-    made: object
-
-
-_CACHE: dict[tuple[object, ...], _Entry] = {}
+from .kept import kept
 
 
 def by_query(block_mask: Sequence[Tensor], tile: int, S: int) -> Lists:
     """The lists of the rows of query blocks. The last key block comes last where a tile would reach beyond `S`."""
     if S % tile == 0 or len(block_mask) < 4:
         return _lists(block_mask)
-    return _lists(_kept("sorted", block_mask, (), lambda: _ascending(block_mask)))
+    return _lists(kept("sorted", block_mask, (), lambda: _ascending(block_mask)))
 
 
 def by_key(block_mask: Sequence[Tensor], columns: int) -> Lists:
     """The lists of the key blocks: which of the query blocks attend to each of the `columns`."""
-    return _lists(_kept("transposed", block_mask, (columns,), lambda: _transposed(block_mask, columns)))
+    return _lists(kept("transposed", block_mask, (columns,), lambda: _transposed(block_mask, columns)))
 
 
 def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
@@ -52,26 +39,7 @@ def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> 
         lists = _transposed(block_mask, columns) if transposed else block_mask
         return len(lists) < 4 or adjacent(lists[2], lists[3])
 
-    return _kept("contiguous", block_mask, (columns, transposed), found)
-
-
-def _kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: Callable[[], Made]) -> Made:
-    """The result of `make`, remembered for these very tensors in their present state."""
-    if (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()) or any(t.is_inference() for t in tensors):
-        return make()  # a graph must contain the work; an inference tensor does not tell when it is written to
-    key = (what, *map(id, tensors), *rest)
-    versions = tuple(version_of(t) for t in tensors)
-    entry = _CACHE.get(key)
-    if (
-        entry is not None
-        and entry.versions == versions
-        and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True))
-    ):
-        return cast(Made, entry.made)
-    made = make()
-    references = tuple(weakref.ref(t, lambda _: _CACHE.pop(key, None)) for t in tensors)
-    _CACHE[key] = _Entry(references, versions, made)
-    return made
+    return kept("contiguous", block_mask, (columns, transposed), found)
 
 
 def _ascending(block_mask: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,18 +1,21 @@
 """The order of work of a blocked backend: block lists in, tiles of query rows with the key ranges they attend to out.
 
 Adjacent key blocks of one kind are joined into one span, consecutive query blocks with the same spans into one tile,
-and batch entries or heads with equal lists into one group.
+and batch entries or heads with equal lists into one group. A group is split into what stays in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_TILE_ROWS = 512
+TILE_ELEMENTS = 1 << 19  # scores held at a time: with two buffers of fp32 they stay in a core's share of the cache
+MIN_WIDTH = 256  # keys; narrower products run far below the processor's rate
 
 
 class Span(NamedTuple):
@@ -43,6 +46,16 @@ class Group(NamedTuple):
     head_start: int
     head_stop: int
     tiles: tuple[Tile, ...]
+
+
+class Split(NamedTuple):
+    """Some batch entries and key/value heads of a group: the unit of a batched matrix product of N = nb * nh entries."""
+
+    kv_batches: slice
+    batches: slice
+    kv_heads: slice
+    heads: slice
+    lead: tuple[int, int, int]  # nb, nh, G
 
 
 def schedule(
@@ -120,7 +133,8 @@ def _spans(blocks: Sequence[tuple[int, bool]], block_kv: int, S: int) -> tuple[S
     return tuple(spans)
 
 
-def chunks(spans: Sequence[Span], width: int) -> list[tuple[Span, ...]]:
+@lru_cache(maxsize=256)
+def chunks(spans: tuple[Span, ...], width: int) -> tuple[tuple[Span, ...], ...]:
     """`spans` cut and packed into chunks of at most `width` keys, so that a chunk is one matrix product."""
     result: list[tuple[Span, ...]] = []
     current: list[Span] = []
@@ -137,4 +151,58 @@ def chunks(spans: Sequence[Span], width: int) -> list[tuple[Span, ...]]:
                 current, room = [], width
     if current:
         result.append(tuple(current))
-    return result
+    return tuple(result)
+
+
+class Leg(NamedTuple):
+    """A group, and how it is split."""
+
+    group: Group
+    splits: tuple[Split, ...]
+
+
+def legs(
+    block_mask: Sequence[Tensor],
+    block_size: tuple[int, int],
+    shape: tuple[int, int, int, int],
+    group_size: int,
+    shared: bool,
+) -> tuple[Leg, ...]:
+    """The groups of an attention of `shape` (B, Hq, L, S), split. `shared`: whether the batch has one key and value."""
+    groups = schedule(block_mask, block_size, shape, max(128, MAX_TILE_ROWS // group_size))
+    if shared and shape[0]:
+        # One entry at a time, rather than a copy of K and V for each.
+        groups = tuple(
+            g._replace(batch_start=b, batch_stop=b + 1) for g in groups for b in range(g.batch_start, g.batch_stop)
+        )
+    return tuple(Leg(g, tuple(_splits(g, group_size, shared))) for g in groups)
+
+
+@lru_cache(maxsize=256)
+def everything(
+    block_size: tuple[int, int], shape: tuple[int, int, int, int], group_size: int, shared: bool
+) -> tuple[Leg, ...]:
+    return legs((), block_size, shape, group_size, shared)
+
+
+def _splits(group: Group, size: int, shared: bool) -> Iterator[Split]:
+    """Slices of a group whose tiles stay in the cache: as many heads, then batch entries, as fit."""
+    single = group.head_stop - group.head_start == 1 and size > 1
+    first = group.head_start // size
+    last = first + 1 if single else -(-group.head_stop // size)
+    area = max(((t.stop - t.start) * min(t.columns, width(t, size)) for t in group.tiles), default=1)
+    entries = max(1, TILE_ELEMENTS // max(1, area * (1 if single else size)))
+    step, batch_step = max(1, min(entries, last - first)), max(1, entries // max(1, last - first))
+    for b in range(group.batch_start, group.batch_stop, batch_step):
+        batches = slice(b, min(b + batch_step, group.batch_stop))
+        for start in range(first, last, step):
+            kv = slice(start, min(start + step, last))
+            heads = slice(group.head_start, group.head_stop) if single else slice(kv.start * size, kv.stop * size)
+            lead = batches.stop - b, kv.stop - start, 1 if single else size
+            yield Split(slice(0, 1) if shared else batches, batches, kv, heads, lead)
+
+
+def width(tile: Tile, group_size: int) -> int:
+    """Keys of a matrix product: short tiles take wider chunks."""
+    rows = max(1, (tile.stop - tile.start) * group_size)
+    return min(1024 if rows >= 128 else 1 << 14, max(MIN_WIDTH, TILE_ELEMENTS // rows // 2))

@@ -10,8 +10,9 @@ Method: Dao, "FlashAttention-2", 2023 (arXiv 2307.08691), algorithms 1 and 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,14 @@ from ..codegen.ir import Node, Op
 from ..codegen.pipeline import Variant
 from ..layout import empty_like_strides
 from ..problem import Problem
-from .schedule import MAX_TILE_ROWS, Group, Span, Tile, chunks, schedule
+from .indices import Corner, hidden, kept_place_of, number, place_of
+from .kept import kept
+from .schedule import Leg, Span, Split, Tile, chunks, everything, legs, width
 
 LOG2E = 1 / math.log(2)
-TILE_ELEMENTS = 1 << 19  # scores held at a time: with two buffers of fp32 they stay in a core's share of the cache
-MIN_WIDTH = 256  # keys; narrower products run far below the processor's rate
+KEPT_BLOCKS = (
+    1 << 16
+)  # entries of block lists: the order of work of longer ones is as large, and costs little beside the work
 
 
 class Forward(NamedTuple):
@@ -39,7 +43,11 @@ class Forward(NamedTuple):
 
 def additive_bias(variant: Variant) -> Node | None:
     """`bias`, where the modified score is `score + bias` and the bias does not depend on the score."""
-    node = variant.unscaled
+    return _bias(variant.unscaled)
+
+
+@lru_cache(maxsize=256)
+def _bias(node: Node) -> Node | None:
     if node.op is Op.ADD:
         for score, bias in ((node.lhs, node.rhs), (node.rhs, node.lhs)):
             if score.op is Op.INPUT and score.value == "score" and "score" not in bias.axes:
@@ -49,28 +57,29 @@ def additive_bias(variant: Variant) -> Node | None:
 
 @dataclass
 class Part:
-    """Some batch entries and key/value heads of a group: the unit of a batched matrix product of N = nb * nh entries."""
+    """The operands of a `Split`."""
 
-    kv_batches: slice
-    batches: slice
-    kv_heads: slice
-    heads: slice
-    lead: Sequence[int]  # nb, nh, G
+    split: Split
     k: Tensor  # [N, S, E], the compute dtype
     v: Tensor  # [N, S, Ev]
-    inputs: Inputs
+
+    def covers(self, x: Tensor, tile: Tile) -> bool:
+        """Whether the tile is all of a tensor [B, Hq, L, ...]."""
+        nb, nh, group = self.split.lead
+        return x.shape[:3] == (nb, nh * group, tile.stop - tile.start)
 
     def rows(self, x: Tensor, tile: Tile) -> Tensor:
         """Rows of a tensor [B, Hq, L, D], as [N, G * rows, D] in the compute dtype."""
-        nb, nh, group = self.lead
-        picked = x[self.batches, self.heads, tile.start : tile.stop]
-        return picked.to(self.k.dtype).reshape(nb * nh, group * (tile.stop - tile.start), x.shape[-1])
+        nb, nh, group = self.split.lead
+        if not self.covers(x, tile):
+            x = x[self.split.batches, self.split.heads, tile.start : tile.stop]
+        return _cast(x, self.k.dtype).reshape(nb * nh, group * (tile.stop - tile.start), x.shape[-1])
 
     def put(self, target: Tensor, tile: Tile, source: Tensor) -> None:
         """The inverse of `rows`."""
-        nb, nh, group = self.lead
-        place = target[self.batches, self.heads, tile.start : tile.stop]
-        place.copy_(source.view(nb, nh * group, tile.stop - tile.start, *source.shape[2:]))
+        nb, nh, group = self.split.lead
+        place = target[self.split.batches, self.split.heads, tile.start : tile.stop]
+        place.copy_(source.view(nb, nh * group, tile.stop - tile.start, *place.shape[3:]))
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Chunk:
     spans: tuple[Span, ...]
     inputs: Inputs  # with q_idx and kv_idx of this chunk
     keep: list[tuple[int, int, Tensor]] = field(default_factory=list)  # columns from, to, and their mask
+    hidden: Tensor | None = None  # the mask of all columns, as something to add
 
     @property
     def width(self) -> int:
@@ -89,11 +99,13 @@ class Chunk:
         """The chunk's rows of K or V [N, S, D]: a view if the keys are contiguous."""
         ranges = merged(self.spans)
         if len(ranges) == 1:
-            return x[:, ranges[0][0] : ranges[0][1]]
+            start, stop = ranges[0]
+            return x if start == 0 and stop == x.shape[1] else x[:, start:stop]
         return torch.cat([x[:, a:b] for a, b in ranges], dim=1)
 
 
-def merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
+@lru_cache(maxsize=256)
+def merged(spans: tuple[Span, ...]) -> tuple[tuple[int, int], ...]:
     """Contiguous key ranges, whatever the kind of their blocks."""
     ranges: list[tuple[int, int]] = []
     for span in spans:
@@ -101,7 +113,12 @@ def merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
             ranges[-1] = (ranges[-1][0], span.stop)
         else:
             ranges.append((span.start, span.stop))
-    return ranges
+    return tuple(ranges)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to`, whose call is what costs where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 class Walk:
@@ -119,81 +136,83 @@ class Walk:
         self.q_scale = problem.scale * (LOG2E if self.linear else 1.0)
         self.group_size = max(1, problem.query.shape[1] // max(1, problem.key.shape[1]))
 
-    def groups(self) -> tuple[Group, ...]:
+    def scalar(self, value: float) -> Tensor | float:
+        """A number of the compute dtype as operators take it fastest."""
+        return number(value, self.dtype) if self.device.type == "cpu" else value
+
+    def legs(self) -> tuple[Leg, ...]:
+        """The work in its order."""
         p = self.problem
         B, H, L, _ = p.query.shape
-        rows = max(128, MAX_TILE_ROWS // self.group_size)
-        groups = schedule(p.block_mask, p.block_size, (B, H, L, p.key.shape[2]), rows)
-        if p.key.shape[0] == B or B == 0:
-            return groups
-        # Keys shared by the batch: one entry at a time, rather than a copy of K and V for each.
-        return tuple(
-            g._replace(batch_start=b, batch_stop=b + 1) for g in groups for b in range(g.batch_start, g.batch_stop)
-        )
+        S = p.key.shape[2]
+        rest = p.block_size, (B, H, L, S), self.group_size, p.key.shape[0] != B
+        if not p.block_mask:
+            return everything(*rest)
+        if sum([t.numel() for t in p.block_mask]) > KEPT_BLOCKS:
+            return legs(p.block_mask, *rest)
+        return kept("legs", p.block_mask, rest, lambda: legs(p.block_mask, *rest))
 
-    def parts(self, group: Group) -> Iterator[Part]:
-        """Slices of a group whose tiles stay in the cache: as many heads, then batch entries, as fit."""
-        p, size = self.problem, self.group_size
-        single = group.head_stop - group.head_start == 1 and size > 1
-        first = group.head_start // size
-        last = first + 1 if single else -(-group.head_stop // size)
-        area = max(((t.stop - t.start) * min(t.columns, self.width(t)) for t in group.tiles), default=1)
-        entries = max(1, TILE_ELEMENTS // max(1, area * (1 if single else size)))
-        step, batch_step = max(1, min(entries, last - first)), max(1, entries // max(1, last - first))
-        for b in range(group.batch_start, group.batch_stop, batch_step):
-            batches = slice(b, min(b + batch_step, group.batch_stop))
-            kv_batches = batches if p.key.shape[0] != 1 else slice(0, 1)
-            for start in range(first, last, step):
-                kv = slice(start, min(start + step, last))
-                heads = slice(group.head_start, group.head_stop) if single else slice(kv.start * size, kv.stop * size)
-                q = p.query[batches, heads].unflatten(1, (kv.stop - kv.start, 1 if single else size))
-                k, v = (t[kv_batches, kv].to(self.dtype).flatten(0, 1) for t in (p.key, p.value))
-                yield Part(kv_batches, batches, kv, heads, q.shape[:3], k, v, self._inputs(batches, heads, q.shape[:3]))
+    def part(self, split: Split) -> Part:
+        """The keys and values of a split."""
+        nb, nh, _ = split.lead
+        k, v = self.problem.key, self.problem.value
+        if k.shape[0] != nb or k.shape[1] != nh:
+            k, v = k[split.kv_batches, split.kv_heads], v[split.kv_batches, split.kv_heads]
+        return Part(split, _cast(k, self.dtype).flatten(0, 1), _cast(v, self.dtype).flatten(0, 1))
+
+    def parts(self, leg: Leg) -> Iterator[Part]:
+        return map(self.part, leg.splits)
 
     def width(self, tile: Tile) -> int:
-        """Keys of a matrix product: short tiles take wider chunks."""
-        rows = max(1, (tile.stop - tile.start) * self.group_size)
-        return min(1024 if rows >= 128 else 1 << 14, max(MIN_WIDTH, TILE_ELEMENTS // rows // 2))
-
-    def _inputs(self, batches: slice, heads: slice, lead: Sequence[int]) -> Inputs:
-        p = self.problem
-        b = torch.arange(batches.start, batches.stop, dtype=torch.int32, device=self.device)
-        h = torch.arange(heads.start, heads.stop, dtype=torch.int32, device=self.device)
-        named = {"b": b.view(-1, 1, 1, 1, 1), "h": h.view(1, lead[1], lead[2], 1, 1)}
-        return Inputs(named, p.tensors, p.floats, p.ints, self.device)
+        """Keys of a matrix product."""
+        return width(tile, self.group_size)
 
     def chunks(self, part: Part, tile: Tile) -> Iterator[Chunk]:
         """The chunks of a tile's keys, with the masks of their partial columns."""
-        q_idx = torch.arange(tile.start, tile.stop, dtype=torch.int32, device=self.device).view(-1, 1)
+        p, mask, split = self.problem, self.variant.mask, part.split
+        b, h = (split.batches.start, split.batches.stop), (split.heads.start, split.heads.stop)
+        tensors = p.tensors
+        sizes = tuple([t.shape for t in tensors])
+        make = kept_place_of if self.device.type == "cpu" else place_of
         for spans in chunks(tile.spans, self.width(tile)):
-            pieces = [torch.arange(a, b, dtype=torch.int32, device=self.device) for a, b in merged(spans)]
-            kv_idx = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            chunk = Chunk(spans, part.inputs.fork({"q_idx": q_idx, "kv_idx": kv_idx}))
-            if self.variant.mask is not None:
-                chunk.keep = list(self._masks(self.variant.mask, part, chunk, q_idx, kv_idx))
+            masked = mask is not None and len(spans) == 1 and spans[0].partial
+            corner = Corner(b, h, split.lead[2], (tile.start, tile.stop), merged(spans), masked)
+            place = make(self.variant.text, corner, self.device, sizes)
+            inputs = Inputs(place.named, tensors, p.floats, p.ints, self.device, dict(place.memo), None, place.wrapped)
+            chunk = Chunk(spans, inputs)
+            if mask is not None:
+                keep = place.memo.get(mask)
+                chunk.keep = list(self._masks(mask, chunk)) if keep is None else [(0, chunk.width, keep)]
+                chunk.hidden = place.hidden
             yield chunk
 
-    def _masks(
-        self, mask: Node, part: Part, chunk: Chunk, q_idx: Tensor, kv_idx: Tensor
-    ) -> Iterator[tuple[int, int, Tensor]]:
+    def _masks(self, mask: Node, chunk: Chunk) -> Iterator[tuple[int, int, Tensor]]:
         column = 0
         for span in chunk.spans:
             stop = column + span.stop - span.start
             if span.partial:
-                (keep,) = evaluate([mask], part.inputs.fork({"q_idx": q_idx, "kv_idx": kv_idx[column:stop]}))
+                inputs = chunk.inputs
+                if len(chunk.spans) > 1:
+                    inputs = inputs.fork({"kv_idx": inputs.named["kv_idx"][column:stop]})
+                (keep,) = evaluate([mask], inputs)
                 yield column, stop, keep
             column = stop
 
     def scores(self, part: Part, chunk: Chunk, q: Tensor, k: Tensor) -> Tensor:
-        """Raw scores [N, G * rows, W] in a pooled buffer: in log2 units if the mod is linear."""
-        out = self.pool.take((q.shape[0], q.shape[1], k.shape[1]), self.dtype)
-        return torch.bmm(q, k.mT, out=out)
+        """Raw scores [N, G * rows, W], in a pooled buffer if they are many: in log2 units if the mod is linear."""
+        shape = q.shape[0], q.shape[1], k.shape[1]
+        if math.prod(shape) < Pool.SMALLEST:
+            return torch.bmm(q, k.mT)
+        return torch.bmm(q, k.mT, out=self.pool.take(shape, self.dtype))
 
     def modified(self, part: Part, chunk: Chunk, raw: Tensor) -> Tensor:
         """Modified and masked scores in log2 units, and -inf where masked. `raw` is overwritten if the mod is linear."""
+        if self.linear and self.bias is None and not chunk.keep:
+            return raw
         tile = self.tile_view(part, raw)
+        pool = None if raw.numel() < Pool.SMALLEST else self.pool
         if self.bias is not None:
-            (bias,) = evaluate([self.bias], chunk.inputs, self.pool)
+            (bias,) = evaluate([self.bias], chunk.inputs, pool)
             tile.add_(bias, alpha=LOG2E)
             self.pool.give(bias)
             result = raw
@@ -201,7 +220,7 @@ class Walk:
             result = raw
         else:
             inputs = chunk.inputs.fork({"score": tile})
-            (score,) = evaluate([self.variant.unscaled], inputs, self.pool)
+            (score,) = evaluate([self.variant.unscaled], inputs, pool)
             result = self.pool.take(raw.shape, self.dtype)
             torch.mul(score.expand(tile.shape), LOG2E, out=self.tile_view(part, result))
             self.pool.give(score)
@@ -210,40 +229,56 @@ class Walk:
             return result
         # Products of finite numbers: adding -inf hides them, at a fifth of the cost of choosing.
         for start, stop, keep in chunk.keep:
-            hidden = torch.zeros(keep.shape, dtype=self.dtype, device=self.device).masked_fill_(~keep, float("-inf"))
-            tile[..., start:stop] += hidden
+            added = hidden(keep, self.dtype) if chunk.hidden is None else chunk.hidden
+            _columns(tile, start, stop).add_(added)
         return result
 
     def cut(self, part: Part, chunk: Chunk, x: Tensor, value: float) -> None:
         """`x[masked] = value`, in place."""
         tile = self.tile_view(part, x)
-        fill = torch.full((), value, dtype=x.dtype, device=x.device)
+        fill = (
+            number(value, x.dtype) if x.device.type == "cpu" else torch.full((), value, dtype=x.dtype, device=x.device)
+        )
         for start, stop, keep in chunk.keep:
-            place = tile[..., start:stop]
+            place = _columns(tile, start, stop)
             torch.where(keep, place, fill, out=place)
 
     def tile_view(self, part: Part, x: Tensor) -> Tensor:
         """[N, G * rows, W] as [nb, nh, G, rows, W], the shape that index tensors broadcast to."""
-        nb, nh, group = part.lead
+        nb, nh, group = part.split.lead
         return x.view(nb, nh, group, -1, x.shape[-1])
+
+
+def _columns(x: Tensor, start: int, stop: int) -> Tensor:
+    return x if start == 0 and stop == x.shape[-1] else x[..., start:stop]
 
 
 def forward(problem: Problem) -> Forward:
     """Output, lse and row maxima of the modified scores."""
-    walk = Walk(problem)
-    B, H, L, _ = problem.query.shape
-    out = empty_like_strides(problem.query, problem.value.shape[-1])
-    lse = torch.empty(B, H, L, dtype=walk.dtype, device=walk.device)
-    max_scores = torch.empty_like(lse)
-    for group in walk.groups():
-        for part in walk.parts(group):
-            for tile in group.tiles:
-                _forward_tile(walk, part, tile, out, lse, max_scores)
-    return Forward(out, lse, max_scores)
+    walk, query = Walk(problem), problem.query
+    B, H, L, _ = query.shape
+    journey = walk.legs()
+    if len(journey) == 1 and len(journey[0].splits) == len(journey[0].group.tiles) == 1 and query.is_contiguous():
+        # A small problem: its only tile is the result.
+        (part,) = walk.parts(journey[0])
+        out, lse, max_scores = _forward_tile(walk, part, journey[0].group.tiles[0])
+        return Forward(_cast(out, query.dtype).view(B, H, L, -1), lse.view(B, H, L), max_scores.view(B, H, L))
+    result = Forward(
+        empty_like_strides(query, problem.value.shape[-1]),
+        torch.empty(B, H, L, dtype=walk.dtype, device=walk.device),
+        torch.empty(B, H, L, dtype=walk.dtype, device=walk.device),
+    )
+    for leg in journey:
+        for part in walk.parts(leg):
+            for tile in leg.group.tiles:
+                for target, source in zip(result, _forward_tile(walk, part, tile), strict=True):
+                    part.put(target, tile, source)
+    return result
 
 
-def _forward_tile(walk: Walk, part: Part, tile: Tile, out: Tensor, lse: Tensor, max_scores: Tensor) -> None:
-    q = part.rows(walk.problem.query, tile).mul(walk.q_scale)
+def _forward_tile(walk: Walk, part: Part, tile: Tile) -> Forward:
+    """out [N, G * rows, Ev], lse and max_scores [N, G * rows, 1] of a tile, in the compute dtype."""
+    q = part.rows(walk.problem.query, tile).mul(walk.scalar(walk.q_scale))
     m_i: Tensor | None = None
     for chunk in walk.chunks(part, tile):
         k, v = chunk.columns(part.k), chunk.columns(part.v)
@@ -267,11 +302,13 @@ def _forward_tile(walk: Walk, part: Part, tile: Tile, out: Tensor, lse: Tensor, 
             walk.pool.give(raw)
         walk.pool.give(p)
     if m_i is None:  # rows that attend to nothing
-        where = (part.batches, part.heads, slice(tile.start, tile.stop))
-        out[where] = 0
-        lse[where] = max_scores[where] = float("-inf")
-        return
-    nothing = l_i == 0
-    part.put(out, tile, acc.div_(l_i.masked_fill(nothing, 1.0)))
-    part.put(lse, tile, (torch.log2(l_i) + m_i).mul_(1 / LOG2E).masked_fill_(nothing, float("-inf")).squeeze(-1))
-    part.put(max_scores, tile, m_i.mul(1 / LOG2E).masked_fill_(nothing, float("-inf")).squeeze(-1))
+        nothing_at_all = q.new_full((*q.shape[:2], 1), float("-inf"))
+        return Forward(q.new_zeros(*q.shape[:2], part.v.shape[-1]), nothing_at_all, nothing_at_all.clone())
+    unit = walk.scalar(1 / LOG2E)
+    lse, max_scores = torch.log2(l_i).add_(m_i).mul_(unit), m_i.mul(unit)
+    # Asking the CPU whether a row attends to nothing costs less than to provide for it.
+    if not (walk.device.type == "cpu" and l_i.min().item() > 0):
+        nothing = l_i == 0
+        l_i = l_i.masked_fill(nothing, 1.0)
+        lse.masked_fill_(nothing, float("-inf")), max_scores.masked_fill_(nothing, float("-inf"))
+    return Forward(acc.div_(l_i), lse, max_scores)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codegen.evaluate import Inputs, evaluate, wrap_index
+from ..codegen.evaluate import Inputs, broadcast, evaluate, wrap_index
 from ..codegen.ir import Node
 from ..problem import Problem
 from .schedule import Tile
@@ -50,13 +50,14 @@ def backward(
     dq = torch.zeros(problem.query.shape, dtype=walk.dtype, device=walk.device)
     dk, dv = (torch.zeros(t.shape, dtype=walk.dtype, device=walk.device) for t in (problem.key, problem.value))
     captured = _CapturedGradients(problem, wanted, walk.dtype)
-    for group in walk.groups():
-        for part in walk.parts(group):
+    for leg in walk.legs():
+        for part in walk.parts(leg):
+            split = part.split
             part_dk, part_dv = torch.zeros_like(part.k), torch.zeros_like(part.v)
-            for tile in group.tiles:
+            for tile in leg.group.tiles:
                 _backward_tile(walk, part, tile, saved, dq, part_dk, part_dv, captured)
-            dk[part.kv_batches, part.kv_heads] += part_dk.unflatten(0, (-1, part.lead[1])).mul_(problem.scale)
-            dv[part.kv_batches, part.kv_heads] += part_dv.unflatten(0, (-1, part.lead[1]))
+            dk[split.kv_batches, split.kv_heads] += part_dk.unflatten(0, (-1, split.lead[1])).mul_(problem.scale)
+            dv[split.kv_batches, split.kv_heads] += part_dv.unflatten(0, (-1, split.lead[1]))
     return Backward(
         dq.to(problem.query.dtype), dk.to(problem.key.dtype), dv.to(problem.value.dtype), captured.results()
     )
@@ -159,7 +160,7 @@ class _CapturedGradients:
         """Scatter `grad` [nb, nh, G, rows, W] to the entries that `load` read."""
         total = self.sums[_number(load)]
         index = [wrap_index(i, n) for i, n in zip(evaluate(load.args[1:], inputs), total.shape, strict=True)]
-        shape = torch.broadcast_shapes(*(i.shape for i in index)) if index else ()
+        shape = broadcast(*(i.shape for i in index)) if index else ()
         shape = (1,) * (grad.dim() - len(shape)) + tuple(shape)
         # Axes that the index does not depend on are summed before anything is scattered.
         axes = [d for d, n in enumerate(shape) if n == 1 and grad.shape[d] > 1]

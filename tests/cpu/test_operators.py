@@ -119,8 +119,9 @@ def test_every_listed_element_is_scheduled_exactly_once() -> None:
 
 
 def test_full_blocks_never_evaluate_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexattn.backends import tiled
+    from flexattn.backends import indices, tiled
 
+    indices.kept_place_of.cache_clear()
     seen = []
     original = tiled.evaluate
 
@@ -128,7 +129,8 @@ def test_full_blocks_never_evaluate_the_mask(monkeypatch: pytest.MonkeyPatch) ->
         seen.append((tuple(inputs.named["q_idx"].flatten().tolist()), tuple(inputs.named["kv_idx"].tolist())))
         return original(nodes, inputs, pool)
 
-    monkeypatch.setattr(tiled, "evaluate", watched)
+    for module in (tiled, indices):
+        monkeypatch.setattr(module, "evaluate", watched)
     q = torch.randn(1, 1, 64, 8)
     mask = create_block_mask(masks.causal_mask, None, None, 64, 64, "cpu", 16)
     flex_attention(q, q, q, block_mask=mask)

@@ -75,14 +75,14 @@ class Inputs:
     """The tensors an evaluation reads.
 
     `named` maps `score`, `b`, `h`, `q_idx`, `kv_idx`, `grad` to tensors; `captured` holds c0, c1, ... followed by the
-    run-time floats as 0-d tensors; `ints` the run-time integers. `on_load` sees each loaded value, for instance to hook
+    run-time floats; `ints` the run-time integers. `on_load` sees each loaded value, for instance to hook
     its gradient. Results in `memo` are reused, which is how values that no tile changes are computed once. `wrapped` holds
     indices as `wrap_index` gives them for a size, where they are known.
     """
 
     named: Mapping[str, Tensor]
     captured: Sequence[Tensor] = ()
-    floats: Sequence[Tensor] = ()
+    floats: Sequence[float | Tensor] = ()
     ints: Sequence[int] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memo: dict[Node, Tensor] = field(default_factory=dict)
@@ -202,7 +202,10 @@ def _value(node: Node, inputs: Inputs) -> Tensor:
         case Op.CONST:
             return torch.full((), node.value, dtype=dtype, device=inputs.device)  # type: ignore[arg-type]
         case Op.FLOAT:
-            return inputs.floats[operator.index(node.value)].to(inputs.device, dtype)  # type: ignore[arg-type]
+            number = inputs.floats[operator.index(node.value)]  # type: ignore[arg-type]
+            if isinstance(number, Tensor):
+                return number.to(inputs.device, dtype)
+            return torch.full((), number, dtype=dtype, device=inputs.device)
         case Op.INT:
             return torch.full((), inputs.ints[operator.index(node.value)], dtype=dtype, device=inputs.device)  # type: ignore[arg-type]
         case Op.CAST:

@@ -33,17 +33,17 @@ _SIGNATURES = {
 class Trace(NamedTuple):
     """A traced variant.
 
-    `captured` holds the captured tensors c0, c1, ... and after them the run-time floats f0, f1, ... as 0-d float64
-    tensors; `ints` the run-time integers i0, i1, ...
+    `captured` holds the captured tensors c0, c1, ... and after them the run-time floats f0, f1, ..., symbolic ones as 0-d
+    float64 tensors; `ints` the run-time integers i0, i1, ...
     """
 
     program: str
-    captured: list[Tensor]
+    captured: list[Any]
     ints: list[Any]
 
 
 class Recording(NamedTuple):
-    """A traced variant before its run-time numbers become tensors. `hoists`: see `Recorder`."""
+    """A traced variant in parts. `hoists`: see `Recorder`."""
 
     program: str
     tensors: list[Tensor]
@@ -52,13 +52,7 @@ class Recording(NamedTuple):
     hoists: bool
 
     def trace(self) -> Trace:
-        return Trace(self.program, self.tensors + [operand(f) for f in self.floats], self.ints)
-
-
-def operand(number: float | Tensor) -> Tensor:
-    """A run-time float as the operators take it."""
-    # full, not tensor: it can be traced by make_fx without becoming a stored constant
-    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64)
+        return Trace(self.program, [*self.tensors, *self.floats], self.ints)
 
 
 def trace(

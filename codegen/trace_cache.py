@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .mod_key import Opaque, Reached
 from .private import modes_are_active
-from .trace import MaskMod, ScoreMod, Trace, operand, record, trace
+from .trace import MaskMod, ScoreMod, Trace, record, trace
 
 CAPACITY = 512
 
@@ -66,10 +66,7 @@ def cached_trace(
         _COUNTS[2] += 1
         return trace(score_mod, mask_mod, score_dtype=score_dtype, device=device)
     _COUNTS[0] += 1
-    captured = [tensors[i] for i in entry.captured]
-    for number in entry.floats:
-        captured.append(operand(number))
-    return Trace(entry.program, captured, [])
+    return Trace(entry.program, [*(tensors[i] for i in entry.captured), *entry.floats], [])
 
 
 # What reading the attributes of objects of the user's may raise: then the trace itself says what is wrong.

@@ -107,11 +107,11 @@ def explain(
     n = len(captured) - parsed.n_floats
     found = _names((score_mod, mask_mod))
     names = {f"c{i}": found[id(t)] for i, t in enumerate(captured[:n]) if id(t) in found}
-    names |= {f"f{i}": f"{t.item():g}" for i, t in enumerate(captured[n:])}
+    names |= {f"f{i}": f"{float(t):g}" for i, t in enumerate(captured[n:])}
     lines = [
         f"c{i}: {names.get(f'c{i}', 'unnamed')}, {str(t.dtype)[6:]} {list(t.shape)}" for i, t in enumerate(captured[:n])
     ]
-    lines += [f"f{i}: {t.item()!r}, a run-time number" for i, t in enumerate(captured[n:])]
+    lines += [f"f{i}: {float(t)!r}, a run-time number" for i, t in enumerate(captured[n:])]
     lines += [f"i{i}: {v}, a run-time integer" for i, v in enumerate(ints)]
     roots = {"score'": parsed.score} | ({} if parsed.mask is None else {"keep": parsed.mask})
     report = Explanation(
@@ -120,7 +120,7 @@ def explain(
         formula(roots, names),
         _blocks(parsed, names),
         _derivative(derivative(parsed.score), names),
-        _functions(parsed, captured),
+        _functions(parsed, captured[:n]),
         _kernels(parsed, captured, ints, dtype, head_dim, target),
         _backend(parsed),
         _tracing(why_uncached(score_mod, mask_mod, score_dtype=score_dtype, device=torch.device("cpu"))),

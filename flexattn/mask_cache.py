@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .codegen.pipeline import variant
-from .codegen.private import version_of
+from .codegen.private import modes_are_active, version_of
 from .codegen.trace_cache import cached_trace
 from .create import create_block_mask
 from .notices import say_rebuilt_mask
@@ -33,6 +33,8 @@ def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tenso
     B, H, L, S = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     if torch.compiler.is_compiling():
         say_rebuilt_mask()
+        return create_block_mask(mask_mod, B, H, L, S, device=query.device)
+    if modes_are_active():  # what is built then may be fake, or a transform's
         return create_block_mask(mask_mod, B, H, L, S, device=query.device)
     program, captured, ints = cached_trace(None, mask_mod, device=query.device)
     parsed = variant(program)

@@ -25,10 +25,11 @@ from .codegen.reach import check_reach
 from .codegen.tiles import DEFAULT_MEMORY, classify
 from .kernel_options import parsed_options
 from .layout import empty_like_strides
+from .operands import joined
 from .problem import Problem
 
 _OPERANDS = (
-    "Tensor query, Tensor key, Tensor value, {}Tensor[] captured, Tensor[] block_mask, SymInt[] ints, "
+    "Tensor query, Tensor key, Tensor value, {}Tensor[] captured, Tensor[] block_mask, SymInt[] ints, float[] floats, "
     "SymInt[] block_size, str program, float scale, str backend, str options"
 )
 LIBRARY = torch.library.Library("flexattn", "DEF")
@@ -38,9 +39,9 @@ LIBRARY.define(
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptured)"
 )
 LIBRARY.define(
-    "block_mask(Tensor[] captured, SymInt[] ints, str program, SymInt[] shape, SymInt[] block_size, int memory, bool trim, "
-    "Tensor like) -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
-    "Tensor contiguous)",
+    "block_mask(Tensor[] captured, SymInt[] ints, float[] floats, str program, SymInt[] shape, SymInt[] block_size, "
+    "int memory, bool trim, Tensor like) -> (Tensor kv_num_blocks, Tensor kv_indices, "
+    "Tensor full_kv_num_blocks, Tensor full_kv_indices, Tensor contiguous)",
     tags=(torch.Tag.cudagraph_unsafe,),  # how wide lists are, the device is asked
 )
 
@@ -57,13 +58,15 @@ def _problem(
     captured: Sequence[Tensor] | None,
     block_mask: Sequence[Tensor] | None,
     ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     block_size: Sequence[int],
     program: str,
     scale: float,
 ) -> Problem:
     # AOTInductor packages give None for an empty list.
-    blocks = (block_size[0], block_size[1])
-    return Problem(query, key, value, captured or (), block_mask or (), ints or (), blocks, variant(program), scale)
+    blocks, parsed = (block_size[0], block_size[1]), variant(program)
+    inside = joined(captured, floats, parsed)
+    return Problem(query, key, value, inside, block_mask or (), ints or (), blocks, parsed, scale)
 
 
 def _forward(
@@ -73,13 +76,14 @@ def _forward(
     captured: Sequence[Tensor],
     block_mask: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     block_size: Sequence[int],
     program: str,
     scale: float,
     backend: str,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(query, key, value, captured, block_mask, ints, block_size, program, scale)
+    problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
     if backend == "triton":
         return triton_backend().forward(problem, parsed_options(options))
     with without_autocast(query.device):
@@ -97,6 +101,7 @@ def _backward(
     captured: Sequence[Tensor],
     block_mask: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     block_size: Sequence[int],
     program: str,
     scale: float,
@@ -104,7 +109,7 @@ def _backward(
     options: str,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem = _problem(query, key, value, captured, block_mask, ints, block_size, program, scale)
+    problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
     if backend == "triton":
         dq, dk, dv, dcaptured = triton_backend().backward(
             problem, out, lse, dout, dlse, wanted, parsed_options(options)
@@ -118,6 +123,7 @@ def _backward(
 def _block_mask(
     captured: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     program: str,
     shape: Sequence[int],
     block_size: Sequence[int],
@@ -128,11 +134,11 @@ def _block_mask(
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a block mask cannot be built inside a CUDA graph; build it before the graph is captured")
     B, H, Q, KV = shape
-    captured, ints = captured or (), ints or ()  # None for an empty list, from an AOTInductor package
     parsed, size = variant(program), (block_size[0], block_size[1])
+    inside, ints = joined(captured, floats, parsed), ints or ()
     if parsed.mask is not None and B * H * Q * KV:
-        check_reach(parsed.mask, captured, ints, {"b": B, "h": H, "q_idx": Q, "kv_idx": KV})
-    found = classify(parsed, captured, ints, (B, H, Q, KV), size, like.device, memory, trim)
+        check_reach(parsed.mask, inside, ints, {"b": B, "h": H, "q_idx": Q, "kv_idx": KV})
+    found = classify(parsed, inside, ints, (B, H, Q, KV), size, like.device, memory, trim)
     lists = (t.expand(B, H, *t.shape[2:]).contiguous() for t in found[:4])
     return *lists, torch.full((), found.contiguous)
 
@@ -143,7 +149,7 @@ for _name, _kernel in (("forward", _forward), ("backward", _backward), ("block_m
 
 @torch.library.register_fake("flexattn::forward", lib=LIBRARY)
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = TORCH_DTYPE[variant(rest[4]).score_dtype]
+    dtype = TORCH_DTYPE[variant(rest[5]).score_dtype]
     lse = query.new_empty(query.shape[:-1], dtype=dtype)
     return empty_like_strides(query, value.shape[-1]), lse, torch.empty_like(lse)
 
@@ -162,6 +168,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
 def _(
     captured: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     program: str,
     shape: Sequence[int],
     block_size: Sequence[int],
@@ -185,6 +192,7 @@ BACKWARD = torch.ops.flexattn.backward.default
 def block_mask(
     captured: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     program: str,
     shape: Sequence[int],
     block_size: Sequence[int],
@@ -199,7 +207,7 @@ def block_mask(
     indices as narrow as the longest row allows; their width is then known only when the operator has run.
     """
     made: tuple[Tensor, ...] = torch.ops.flexattn.block_mask(
-        captured, ints, program, shape, block_size, memory, trim, like
+        captured, ints, floats, program, shape, block_size, memory, trim, like
     )
     return made
 
@@ -256,7 +264,7 @@ NO_SECOND_DERIVATIVE = (
 
 
 def _below_autograd(keyset: Any, *operands: Any) -> Any:
-    """The forward without its gradient. No `keyset`: the kernel itself, see `attention`."""
+    """The forward without its gradient. No `keyset`: the kernel itself."""
     with AutoDispatchBelowAutograd():
         if keyset is None:
             return _forward(*operands)
@@ -273,13 +281,20 @@ def _autograd(
     *options: Any,
 ) -> Any:
     captured, block_mask = captured or (), block_mask or ()  # None for an empty list, from an AOTInductor package
-    ints, *rest = options
-    options = ints or (), *rest
-    tensors = (query, key, value, *captured)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Attention.apply(keyset, len(captured), options, *tensors, *block_mask)  # type: ignore[no-untyped-call]
+    options = options[0] or (), options[1] or (), *options[2:]
+    if _unseen(query, key, value, *captured, *block_mask):
+        keyset = None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *captured)):
+        return _Attention.apply(keyset, len(captured), options, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
     return _below_autograd(keyset, query, key, value, captured, block_mask, *options)
 
+
+def _unseen(*tensors: Tensor) -> bool:
+    """Whether a call can go to its kernel without the dispatcher: plain tensors, which nobody watches."""
+    return all(type(t) in _PLAIN for t in tensors) and not tensors[0].is_meta and not watched()
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
 
@@ -291,21 +306,18 @@ def attention(
     captured: Sequence[Tensor],
     block_mask: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     block_size: Sequence[int],
     program: str,
     scale: float,
     backend: str,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`flexattn::forward`. Plain tensors on a CPU, which nobody watches, go to its kernels without the dispatcher."""
+    """`flexattn::forward`, in eager code at a third of the dispatcher's cost."""
     made: tuple[Tensor, Tensor, Tensor]
-    rest = (captured, block_mask, ints, block_size, program, scale, backend, options)
-    tensors = (query, key, value, *captured, *block_mask)
-    if query.device.type == "cpu" and backend == "tiled" and all(type(t) in _PLAIN for t in tensors) and not watched():
-        made = _autograd(None, query, key, value, *rest)
+    rest = (floats, block_size, program, scale, backend, options)
+    if _unseen(query, key, value, *captured, *block_mask):
+        made = _autograd(None, query, key, value, captured, block_mask, ints, *rest)
     else:
-        made = FORWARD(query, key, value, list(captured), list(block_mask), ints, list(block_size), *rest[4:])
+        made = FORWARD(query, key, value, list(captured), list(block_mask), list(ints), *rest)
     return made
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))

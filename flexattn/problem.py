@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class Problem(NamedTuple):
     Attributes:
         query: [B, Hq, L, E].
         key, value: [B or 1, Hkv, S, E] and [B or 1, Hkv, S, Ev], the query's dtype.
-        captured: the variant's captured tensors, then its run-time floats as 0-d tensors.
+        captured: the variant's captured tensors, then its run-time floats, symbolic ones as 0-d tensors.
         block_mask: kv_num_blocks, kv_indices, and if there are full blocks full_kv_num_blocks, full_kv_indices; each
             with a batch and head size of 1 or B and Hq. Empty: everything is in one partial block.
         ints: the variant's run-time integers.
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    captured: Sequence[Tensor]
+    captured: Sequence[Any]
     block_mask: Sequence[Tensor]
     ints: Sequence[int]
     block_size: tuple[int, int]
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
         return self.captured[: len(self.variant.captured)]
 
     @property
-    def floats(self) -> Sequence[Tensor]:
+    def floats(self) -> Sequence[float | Tensor]:
         """The run-time floats."""
         n = len(self.variant.captured)
         return self.captured[n : n + self.variant.n_floats]

@@ -28,8 +28,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flexattn::forward`, with its arguments, where transforms are active."""
     sizes = len(captured), len(block_mask)
-    ints, block_size, *rest = options
-    options = (list(ints), list(block_size), *rest)
+    ints, floats, block_size, *rest = options
+    options = (list(ints), floats, list(block_size), *rest)
     made: tuple[Tensor, Tensor, Tensor] = _Forward.apply(sizes, options, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
     return made
 
@@ -116,7 +116,7 @@ def _program(
     """The program of N batches in one, the captured tensors it reads, and its run-time integers."""
     n_tensors = len(variant(text).captured)
     if any(d is not None for d in dims[n_tensors:]):
-        raise NotImplementedError("a Python number that a mod reads cannot be mapped over; make it a tensor")
+        raise NotImplementedError("a symbolic number that a mod reads cannot be mapped over; make it a tensor")
     made = folded(text, [d is not None for d in dims[:n_tensors]])
     tensors = [t if d is None else _first(t, d, n) for t, d in zip(captured, dims, strict=True)]
     return made, tensors, [*ints, B] if made != text else list(ints)
@@ -142,6 +142,7 @@ def _forward_of_many(
     captured: Sequence[Tensor],
     block_mask: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     block_size: Sequence[int],
     program: str,
     scale: float,
@@ -153,7 +154,7 @@ def _forward_of_many(
     shared = dims[1] is None and dims[2] is None  # keys and values have one batch size
     k, v = (_keys(t, d, n, B) if shared else _joined(t, d, n, B) for t, d in ((key, dims[1]), (value, dims[2])))
     found = ops.FORWARD(
-        _joined(query, dims[0], n, B), k, v, tensors, _lists(block_mask, dims[4], n, B), numbers, block_size, text,
+        _joined(query, dims[0], n, B), k, v, tensors, _lists(block_mask, dims[4], n, B), numbers, floats, block_size, text,
         scale, backend, options,
     )  # fmt: skip
     return tuple(t.unflatten(0, (n, B)) for t in found), (0, 0, 0)
@@ -172,6 +173,7 @@ def _backward_of_many(
     captured: Sequence[Tensor],
     block_mask: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     block_size: Sequence[int],
     program: str,
     scale: float,
@@ -187,7 +189,7 @@ def _backward_of_many(
     given = [_joined(t, d, n, B) for t, d in zip((query, key, value, out, lse, dout), dims, strict=False)]
     dq, dk, dv, found = ops.BACKWARD(
         *given, None if dlse is None else _joined(dlse, dims[6], n, B), tensors, _lists(block_mask, dims[8], n, B),
-        numbers, block_size, text, scale, backend, options, wanted,
+        numbers, floats, block_size, text, scale, backend, options, wanted,
     )  # fmt: skip
     dq, dk, dv = (t.unflatten(0, (n, B)) for t in (dq, dk, dv))
     if B > 1 and _batch_of(key, dims[1]) == 1:  # keys that a batch shares
@@ -200,6 +202,7 @@ def _block_mask_of_many(
     dims: tuple[Any, ...],
     captured: Sequence[Tensor],
     ints: Sequence[int],
+    floats: Sequence[float],
     program: str,
     shape: Sequence[int],
     block_size: Sequence[int],
@@ -209,7 +212,7 @@ def _block_mask_of_many(
 ) -> Any:
     n, (B, *rest) = info.batch_size, shape
     text, tensors, numbers = _program(program, captured, dims[0], ints, n, B)
-    *lists, contiguous = ops.block_mask(tensors, numbers, text, (n * B, *rest), block_size, like, memory, trim)
+    *lists, contiguous = ops.block_mask(tensors, numbers, floats, text, (n * B, *rest), block_size, like, memory, trim)
     return (*(t.unflatten(0, (n, B)) for t in lists), contiguous), (0, 0, 0, 0, None)
 
 

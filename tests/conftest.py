@@ -14,6 +14,9 @@ from unittest.mock import patch
 # Read when torch is imported. One thread and no pool of compile workers: the processes of pytest-xdist are enough.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Every run compiles anew: what an earlier one left on the disk must not decide its results.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import hypothesis
 import pytest

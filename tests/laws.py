@@ -13,6 +13,7 @@ from flexattn import ops, reference
 from flexattn.capture import block_lists
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
+from flexattn.operands import split
 from flexattn.problem import Problem
 
 
@@ -36,7 +37,8 @@ def run(
         products = q.dtype if backend == "plain" else None
         out, lse, top = reference.attention(problem, products)
     else:
-        out, lse, top = ops.FORWARD(q, k, v, captured, lists, ints, shape.block, program, 0.3, backend, options)
+        inside, floats = split(captured, program)
+        out, lse, top = ops.FORWARD(q, k, v, inside, lists, ints, floats, shape.block, program, 0.3, backend, options)
     dout, dlse = (s.to(o.dtype) for s, o in zip(seeds, (out, lse), strict=True))
     dlse = torch.where(torch.isfinite(lse), dlse, 0)
     used = [t for t in learned if any(t is c for c in captured)]

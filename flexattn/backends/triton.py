@@ -229,7 +229,7 @@ def _functions_of(variant: Variant, wanted: tuple[int, ...], wide: tuple[int, ..
 
 
 def captured_arguments(
-    tensors: Sequence[Tensor], floats: Sequence[Tensor], ints: Sequence[int], device: torch.device
+    tensors: Sequence[Tensor], floats: Sequence[Any], ints: Sequence[int], device: torch.device
 ) -> tuple[Any, ...]:
     """The flat tuple that generated functions unpack: see `codegen.emit.captured_positions`."""
     flat: list[Any] = []

@@ -125,7 +125,7 @@ def test_layers_of_the_same_code_share_a_variant() -> None:
     texts = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        texts.extend(n.args[7] for n in graph.graph.nodes if n.target is torch.ops.flexattn.forward.default)
+        texts.extend(n.args[8] for n in graph.graph.nodes if n.target is torch.ops.flexattn.forward.default)
         return graph
 
     from torch._dynamo.backends.common import aot_autograd
@@ -230,9 +230,8 @@ def test_ten_steps_of_decoding(as_tensor: bool) -> None:
 
 @pytest.mark.feature("no slow path at the recompile limit")
 def test_beyond_the_recompile_limit_eager_code_computes_the_same_in_linear_memory(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     layers = [Layer(0.1 * i) for i in range(4)]
     names = iter(range(100))
 
@@ -241,8 +240,9 @@ def test_beyond_the_recompile_limit_eager_code_computes_the_same_in_linear_memor
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, backend=counter)
-    for _ in range(5):
-        q, kind = query(), "x" * next(names) + "y"
-        torch.testing.assert_close(compiled(q, kind), call(q, kind))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(5):
+            q, kind = query(), "x" * next(names) + "y"
+            torch.testing.assert_close(compiled(q, kind), call(q, kind))
     assert counter.frame_count == 2  # the others ran in eager code, by the same operators
     assert "recompile_limit" in caplog.text  # and Dynamo says so

@@ -13,6 +13,7 @@ import flexattn
 from flexattn import masks, mods, ops
 from flexattn.backends import indices
 from flexattn.codegen.trace import trace
+from flexattn.operands import split
 
 slopes = torch.tensor([0.5, 0.25])
 CASES = {
@@ -37,10 +38,11 @@ def test_the_dispatcher_changes_nothing(case: str, L: int) -> None:
     block = None if mask_mod is None else flexattn.create_block_mask(mask_mod, 2, None, L, L, "cpu")
     lists = () if block is None else block.kv_lists()
     program, captured, ints = trace(score_mod, mask_mod)
+    inside, floats = split(captured, program)
     results = []
     for call in (ops.attention, ops.FORWARD):
         q, k, v = (t.requires_grad_() for t in tensors(L))
-        out, lse, max_scores = call(q, k, v, captured, list(lists), ints, [128, 128], program, 0.5, "tiled", "")
+        out, lse, max_scores = call(q, k, v, inside, list(lists), ints, floats, [128, 128], program, 0.5, "tiled", "")
         assert not max_scores.requires_grad
         loss = out.square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
         results.append((out, lse, max_scores, *torch.autograd.grad(loss, (q, k, v))))

@@ -16,6 +16,7 @@ from flexattn import create_block_mask, flex_attention, masks, ops
 from flexattn.backends.schedule import Span, chunks, schedule
 from flexattn.codegen.trace import trace
 from flexattn.notices import say_once
+from flexattn.operands import split
 
 
 def operands(requires_grad: bool) -> list[Any]:
@@ -23,7 +24,8 @@ def operands(requires_grad: bool) -> list[Any]:
     bias = torch.randn(4, requires_grad=requires_grad)
     program, captured, ints = trace(lambda s, b, h, i, j: s * 0.5 + bias[h] * i, masks.causal_mask)
     lists = list(create_block_mask(masks.causal_mask, None, None, 40, 40, "cpu", 16).kv_lists())
-    return [q, k, v, captured, lists, ints, [16, 16], program, 0.3, "tiled", ""]
+    inside, floats = split(captured, program)
+    return [q, k, v, inside, lists, ints, floats, [16, 16], program, 0.3, "tiled", ""]
 
 
 def test_opcheck_of_forward() -> None:
@@ -43,7 +45,7 @@ def test_opcheck_of_block_mask(trim: bool) -> None:
     program, captured, ints = trace(None, masks.document_mask(torch.arange(40) // 7))
     torch.library.opcheck(
         torch.ops.flexattn.block_mask.default,
-        (captured, ints, program, [1, 2, 40, 40], [16, 8], 1 << 28, trim, torch.empty(0)),
+        (captured, ints, [], program, [1, 2, 40, 40], [16, 8], 1 << 28, trim, torch.empty(0)),
     )
 
 

@@ -145,7 +145,7 @@ def test_a_new_value_of_a_float_or_a_tensor_gives_the_same_program() -> None:
 
     first, second = (trace(make(c, torch.tensor(c)), None) for c in (20.0, 30.0))
     assert first.program == second.program
-    assert [t.item() for t in second.captured] == [30.0, 30.0, 30.0]
+    assert [float(t) for t in second.captured] == [30.0, 30.0, 30.0]
 
 
 def test_layers_with_closures_of_the_same_code_share_a_program() -> None:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from flexattn import AuxRequest, create_block_mask, flex_attention, masks, ops
 from flexattn.codegen.trace import trace
+from flexattn.operands import split
 
 
 def operands(bias: Tensor) -> list[Any]:
     q, k, v = (torch.randn(2, h, 40, 16) for h in (4, 2, 2))
     program, captured, ints = trace(lambda s, b, h, i, j: s * 0.5 + bias[h] * i, masks.causal_mask)
     lists = list(create_block_mask(masks.causal_mask, None, None, 40, 40, "cpu", 16).kv_lists())
-    return [q, k, v, captured, lists, ints, [16, 16], program, 0.3, "triton", ""]
+    inside, floats = split(captured, program)
+    return [q, k, v, inside, lists, ints, floats, [16, 16], program, 0.3, "triton", ""]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

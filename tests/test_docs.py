@@ -145,3 +145,21 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tables_of_compiled_features_are_those_of_the_records() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        feature_table = importlib.import_module("feature_table")
+    finally:
+        sys.path.pop(0)
+    text = feature_table.PAGE.read_text()
+    assert feature_table.page(text) == text, "run python scripts/feature_table.py"
+    marked = set()
+    for path in [*(ROOT / "tests" / "cpu").glob("*.py"), *(ROOT / "tests" / "compiled").glob("*.py")]:
+        marked |= set(re.findall(r"""mark\.feature\(["'](.*?)["']\)""", path.read_text()))
+    pinned = re.search(r"torch==([\d.]+)", (ROOT / "constraints.txt").read_text())
+    assert pinned is not None
+    record = next(r for r in feature_table.records() if r["torch"] == pinned[1])
+    assert marked <= set(record["features"]), "write the record of this version again: see scripts/feature_table.py"
+    assert not any(counts["failed"] for counts in record["features"].values())

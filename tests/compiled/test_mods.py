@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mods import CALLS, LEAVES, B, Call, D, H, L
+from mods import CALLS, LEAVES, B, Call, D, H, L, Window
 from torch import Tensor
+
+from flexattn import flex_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention.mask_mod:UserWarning")
 EVERY = [
@@ -48,6 +50,19 @@ def assert_same(compiled: list[list[Tensor | None]], eager: list[list[Tensor | N
 @pytest.mark.parametrize("function", EVERY)
 def test_compiled_equals_eager(function: Call, backend: str) -> None:
     assert_same(results([function], backend), results([function], None))
+
+
+@pytest.mark.feature("capture: a frozen dataclass made inside the compiled function")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="Dynamo of PyTorch 2.11 cannot set the attributes of a frozen dataclass; PyTorch 2.13 can",
+)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_mask_of_a_class_made_inside(backend: str) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return flex_attention(q, k, v, mask_mod=Window(7))
+
+    assert_same(results([call], backend), results([call], None))
 
 
 @pytest.mark.feature("capture: all of these with Inductor")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from ranks import failures, named
 
+pytestmark = pytest.mark.feature("FSDP2, DDP and DTensor on gloo, 2 and 4 processes")
+
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed")
 @pytest.mark.parametrize("world", [2, 4])

@@ -28,10 +28,12 @@ def operands(requires_grad: bool) -> list[Any]:
     return [q, k, v, inside, lists, ints, floats, [16, 16], program, 0.3, "tiled", ""]
 
 
+@pytest.mark.feature("torch.library.opcheck of every operator")
 def test_opcheck_of_forward() -> None:
     torch.library.opcheck(ops.FORWARD, operands(True))
 
 
+@pytest.mark.feature("torch.library.opcheck of every operator")
 def test_opcheck_of_backward() -> None:
     arguments = operands(False)
     out, lse, _ = ops.FORWARD(*arguments)
@@ -40,6 +42,7 @@ def test_opcheck_of_backward() -> None:
     )
 
 
+@pytest.mark.feature("torch.library.opcheck of every operator")
 @pytest.mark.parametrize("trim", [False, True])
 def test_opcheck_of_block_mask(trim: bool) -> None:
     program, captured, ints = trace(None, masks.document_mask(torch.arange(40) // 7))
@@ -69,6 +72,7 @@ def test_a_gpu_gets_fused_kernels_and_is_told_once_where_it_does_not() -> None:
                 flexattn.api._choose_backend("triton", refused, refused)
 
 
+@pytest.mark.feature("FlopCounterMode counts visited blocks")
 def test_flops_are_those_of_the_visited_blocks() -> None:
     q, k, v = (torch.randn(2, 4, 40, 8, requires_grad=True) for _ in range(3))
     mask = create_block_mask(masks.causal_mask, None, None, 40, 40, "cpu", 16)

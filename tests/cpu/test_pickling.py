@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import flexattn
 from flexattn import BlockMask, Documents, and_masks, create_block_mask, flex_attention, masks, mods, not_mask, or_masks
 
+pytestmark = pytest.mark.feature("deepcopy, pickle and state_dict")
+
 LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 IDS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 

@@ -19,6 +19,8 @@ import flexattn
 from flexattn import masks
 from flexattn.integrations import torch_flex
 
+pytestmark = pytest.mark.feature("models that call PyTorch's flex_attention")
+
 BACKENDS = ["eager", "aot_eager", "inductor"]
 CODE, HOP = flex_attention.__code__, theirs.flex_attention_hop
 IDS = torch.arange(96) // 40

@@ -18,6 +18,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from flexattn.codegen.errors import UnsupportedTorch
 from flexattn.integrations import torch_flex
 
+pytestmark = pytest.mark.feature("models that call PyTorch's flex_attention")
+
 CODE, HOP = flex_attention.__code__, theirs.flex_attention_hop
 
 

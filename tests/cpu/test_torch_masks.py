@@ -16,6 +16,8 @@ from torch import Tensor
 import flexattn
 from flexattn import BlockMask, and_masks, create_block_mask, masks
 
+pytestmark = pytest.mark.feature("block masks from and to PyTorch's")
+
 LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 BY_KEY = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
 

@@ -44,6 +44,8 @@ from flexattn.codegen import bytecode, trace_cache
 from flexattn.codegen.trace import trace
 from flexattn.codegen.trace_cache import cache_info, cached_trace, why_uncached
 
+pytestmark = pytest.mark.feature("traces are kept, and no change is missed")
+
 factor = 2
 
 

@@ -27,6 +27,8 @@ from flexattn import masks
 from flexattn.codegen.errors import TraceError
 from flexattn.codegen.trace_cache import cached_trace
 
+pytestmark = pytest.mark.feature("traces are kept, and no change is missed")
+
 factor = 2
 helper: Mod = lambda x: x * 2
 

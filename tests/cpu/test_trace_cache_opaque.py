@@ -29,6 +29,8 @@ from flexattn.codegen.errors import TraceError
 from flexattn.codegen.trace import trace
 from flexattn.codegen.trace_cache import cache_info, cached_trace
 
+pytestmark = pytest.mark.feature("traces are kept, and no change is missed")
+
 factor = 2
 
 

@@ -16,6 +16,8 @@ from flexattn.codegen.evaluate import Inputs, evaluate
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
 
+pytestmark = pytest.mark.feature("torch.func.grad, vmap and jacrev")
+
 B, H, L, D = 2, 4, 40, 8
 N = 3
 NAMES = ("query", "key", "value", "gain", "bias")

@@ -7,8 +7,11 @@ import torch
 from gpu.cases import DEVICE, Case, Results, assert_results, qkv
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from flexattn import BlockMask, and_masks, create_block_mask, flex_attention, masks, mods
+
+pytestmark = pytest.mark.feature('CUDA graphs and mode="reduce-overhead"')
 
 H, LENGTH = 4, 700
 
@@ -104,3 +107,29 @@ def test_a_cuda_graph_of_forward_and_backward_replays_on_new_inputs(learned: boo
         graph.replay()
         assert_same_bits(replayed, case.run())
         assert_results(case, replayed)
+
+
+def test_training_by_cuda_graphs_of_torch_compile() -> None:
+    """mode="reduce-overhead": with run-time floats, learned tensors and block masks no graph is left out."""
+    block_mask = create_block_mask(masks.causal_mask, None, None, LENGTH, LENGTH, DEVICE)
+    slopes = mods.alibi_slopes(H, DEVICE).requires_grad_()
+    cap = 20.0
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return cap * torch.tanh((score + slopes[h] * (kv_idx - q_idx)) / cap)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q.sin(), k, v, mod, block_mask).square().sum()
+
+    counters["inductor"].clear()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        leaves = [t.requires_grad_() for t in qkv(2, H, L=LENGTH)]
+        found = []
+        for function in (step, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            grads = torch.autograd.grad(function(*leaves), [*leaves, slopes])
+            found.append([g.clone() for g in grads])
+        for eager, graphed in zip(*found, strict=True):
+            torch.testing.assert_close(graphed, eager, rtol=1.6e-2, atol=1e-2)  # Inductor's sin is another
+    assert counters["inductor"]["cudagraph_skips"] == 0

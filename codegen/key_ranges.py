@@ -21,7 +21,6 @@ from .ir import DType, Node, Op, const
 from .linear import Limits
 from .relabel import lead_of_batch
 from .spec import apply
-from .symbolic import key_limits
 from .tile_lists import Segments
 
 _BATCH = frozenset(("b", "h"))
@@ -107,6 +106,8 @@ def _comparison(node: Node, negated: bool) -> Plan | None:
         op, args = node.op, node.args
     if op is Op.NE:
         return None
+    from .symbolic import key_limits  # sympy takes a while to import
+
     found = key_limits(node)
     if found is not None:
         both, limits = found

@@ -11,13 +11,14 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .errors import UnsupportedTorch
 
 SUPPORTED = "2.11 to 2.15"
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Use(NamedTuple):
@@ -42,6 +43,12 @@ USES = {
         Use(
             "torch._dynamo.variables.higher_order_ops.FlexAttentionHigherOrderVariable",
             "capturing mods in Dynamo",
+            "torch.compile",
+            "Call it outside the compiled region: torch.compiler.disable(flex_attention)",
+        ),
+        Use(
+            "torch._dynamo.decorators.assume_constant_result",
+            "functions that Dynamo runs while it traces; only the mark that it sets is used",
             "torch.compile",
             "Call it outside the compiled region: torch.compiler.disable(flex_attention)",
         ),
@@ -136,6 +143,15 @@ def only_calls_forward(module: torch.nn.Module) -> bool:
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not any(_GLOBAL_HOOKS)
     )
+
+
+def constant_while_compiling(function: _F) -> _F:
+    """`torch.compiler.assume_constant_result` by the mark that it sets: itself it imports Dynamo, which takes a second.
+
+    Were the mark another one, Dynamo would trace these functions, and refuse what they do.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def forward_mode_is_on() -> bool:

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .codegen.private import constant_while_compiling
+
 _NOTHING = nullcontext()
 
 
@@ -28,6 +30,6 @@ def _is_on(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # Dynamo of PyTorch 2.11 does not know the function
+@constant_while_compiling  # Dynamo of PyTorch 2.11 does not know the function
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

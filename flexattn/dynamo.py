@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from .codegen.private import HigherOrderOperator, find
+from .codegen.private import HigherOrderOperator, constant_while_compiling, find
 from .graph_mod import GraphMod, explaining
 
 
@@ -130,7 +130,7 @@ def replays(attention: Callable[..., Any], block_lists: Callable[..., Any]) -> N
     captured_call.attention, captured_call.block_lists = attention, block_lists
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def fingerprint() -> str:
     """A hash of this library's source. PyTorch keeps on disk what it compiled, and does not know what a call becomes."""
     return _fingerprint()
@@ -146,7 +146,7 @@ def _fingerprint() -> str:
     return made.hexdigest()[:16]
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def ensure_registered() -> bool:
     """Tell Dynamo how to capture our operator. Run for real while Dynamo traces; leaves nothing in the graph."""
     dynamo = "torch._dynamo.variables.higher_order_ops"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
-import torch
+from .codegen.private import constant_while_compiling
 
 
 @cache
@@ -14,7 +14,7 @@ def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def say_rebuilt_mask() -> bool:
     """Called from code that Dynamo traces: it runs while tracing and leaves nothing in the graph."""
     say_once(

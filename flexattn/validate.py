@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
-from .codegen.private import forward_mode_is_on
+from .codegen.private import constant_while_compiling, forward_mode_is_on
 from .sharded import is_freed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -181,7 +181,7 @@ def triton_refusal(query: Tensor, value: Tensor) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _interpreted() -> bool:
     from .backends.target import interpreted
 

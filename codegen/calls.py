@@ -6,8 +6,10 @@ the table cannot be traced; the user's list of supported operations is printed f
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -132,14 +134,20 @@ def _lerp(input: Node, end: Node, weight: Node) -> Node:
     return build(Op.ADD, input, build(Op.MUL, weight, build(Op.SUB, end, input)))
 
 
-def _addcmul(input: Node, tensor1: Node, tensor2: Node, value: float = 1) -> Node:
+def _times(x: Node, factor: Node | float) -> Node:
+    if isinstance(factor, Node):
+        return build(Op.MUL, x, factor)
+    return x if factor == 1 else build(Op.MUL, x, weak(factor))
+
+
+def _addcmul(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
     product = build(Op.MUL, tensor1, tensor2)
-    return build(Op.ADD, input, product if value == 1 else build(Op.MUL, product, weak(value)))
+    return build(Op.ADD, input, _times(product, value))
 
 
-def _addcdiv(input: Node, tensor1: Node, tensor2: Node, value: float = 1) -> Node:
+def _addcdiv(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
     quotient = build(Op.DIV, tensor1, tensor2)
-    return build(Op.ADD, input, quotient if value == 1 else build(Op.MUL, quotient, weak(value)))
+    return build(Op.ADD, input, _times(quotient, value))
 
 
 def _pow(input: Node, exponent: Node) -> Node:
@@ -357,3 +365,12 @@ FUNCTIONS: dict[str, Builder] = {
     "clone": _same,
     "contiguous": _same,
 }
+
+
+BY_VALUE = frozenset(("beta", "threshold", "approximate"))  # options, also where they are given by position
+
+
+@lru_cache(maxsize=256)
+def parameters(builder: Builder) -> tuple[str, ...]:
+    """The names of a builder's parameters."""
+    return tuple(inspect.signature(builder).parameters)

@@ -64,6 +64,7 @@ USES = {
         Use("torch.nn.modules.module._global_forward_pre_hooks", "noticing hooks of modules"),
         Use("torch.nn.modules.module._global_backward_hooks", "noticing hooks of modules"),
         Use("torch.nn.modules.module._global_backward_pre_hooks", "noticing hooks of modules"),
+        Use("torch._C._functorch.is_legacy_batchedtensor", "noticing is_grads_batched, which operators do not know"),
         Use("torch._C.DisableTorchFunctionSubclass", "placeholders of a trace"),
         Use("torch.Tensor._make_wrapper_subclass", "placeholders of a trace"),
         Use("torch.Tensor._base", "telling writes to captured tensors from writes to a mod's own"),
@@ -109,6 +110,7 @@ FakeTensor = find("torch._subclasses.fake_tensor.FakeTensor")
 register_pytree_node = find("torch.utils._pytree.register_pytree_node")
 GetAttrKey = find("torch.utils._pytree.GetAttrKey")
 transforms_are_active: Callable[[], bool] = find("torch._C._are_functorch_transforms_active")
+is_legacy_batched: Callable[[torch.Tensor], bool] = find("torch._C._functorch.is_legacy_batchedtensor")
 make_wrapper_subclass: Callable[..., Any] = find("torch.Tensor._make_wrapper_subclass")
 base_of: Callable[[torch.Tensor], torch.Tensor | None] = find("torch.Tensor._base").__get__
 version_of: Callable[[torch.Tensor], int] = find("torch.Tensor._version").__get__

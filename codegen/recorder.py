@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .calls import FUNCTIONS, weak
+from .calls import BY_VALUE, FUNCTIONS, parameters, weak
 from .errors import TraceError
 from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
@@ -36,7 +36,7 @@ _VALUE_READS = frozenset(
 REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
 SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
 ATTRIBUTES = frozenset(
-    (
+    [
         "dtype",
         "device",
         "shape",
@@ -48,7 +48,7 @@ ATTRIBUTES = frozenset(
         "is_sparse",
         "is_nested",
         "itemsize",
-    )
+    ]
 )
 QUERIES = frozenset(
     ("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__")
@@ -213,7 +213,8 @@ class Recorder(TorchFunctionMode):
     def _elementwise(
         self, builder: Callable[..., Node], name: str, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Value:
-        keys = [*range(len(args)), *kwargs]
+        names = parameters(builder)
+        keys = [names[i] if i < len(names) and names[i] in BY_VALUE else i for i in range(len(args))] + [*kwargs]
         given = [*args, *kwargs.values()]
         operands = {k: self._operand(x, k) for k, x in zip(keys, given, strict=True)}
         if name == "pow" and isinstance(given[1], float):  # an exponent is part of the program
@@ -233,7 +234,7 @@ class Recorder(TorchFunctionMode):
         results = []
         for position in itertools.product(*map(range, shape)):
             call = {k: pick(values[k], position) if k in values else operands[k] for k in operands}
-            positional = [call[i] for i in range(len(args))]
+            positional = [call[k] for k in keys[: len(args)]]
             try:
                 results.append(builder(*positional, **{k: call[k] for k in kwargs}))
             except TypeError as error:

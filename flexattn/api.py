@@ -163,9 +163,9 @@ def flex_attention(
         torch.Size([1, 4, 256, 32])
     """
     validate.choices(block_mask, mask_mod, return_lse, return_aux, backend, scale)
+    query, key, value = autocast(query, key, value)
     validate.tensors(query, key, value, enable_gqa)
     options = check_kernel_options(kernel_options)
-    query, key, value = autocast(query, key, value)
     if mask_mod is not None:
         block_mask = cached_block_mask(mask_mod, query, key)
     lists: tuple[Tensor, ...] = ()

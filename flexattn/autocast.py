@@ -13,12 +13,14 @@ _NOTHING = nullcontext()
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Inside an autocast region, attention runs in the region's dtype, as torch's does."""
+    """Inside an autocast region, attention runs in the region's dtype, as torch's does. Validated later."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors
     device = tensors[0].device.type
-    if tensors[0].dtype is torch.float64 or not _is_on(device):
+    if not _is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -127,6 +127,9 @@ def block_lists(
             )
     kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
     captured = sharded.whole(captured)
+    if torch.is_inference_mode_enabled():  # a mask that is first used to validate may be used to train
+        with torch.inference_mode(False):
+            return block_lists(mask_mod, shape, block_size, like, unsaid, memory, fixed)
     trim = not fixed and type(like) is Tensor and not like.is_meta and not transforms_are_active()
     return ops.block_mask(captured, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
 

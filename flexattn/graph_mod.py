@@ -24,6 +24,12 @@ HINT = (
 )
 
 
+SHARED_NUMBER = (
+    "Mods of several attention calls in one compiled function read a Python number that changes between its calls, which "
+    "Dynamo cannot always capture. Pass it to the compiled function as a tensor: torch.tensor(temperature)."
+)
+
+
 class GraphMod:
     """A mod of a `role`, "score_mod" or "mask_mod": `graph` takes its arguments and after them `captured`."""
 
@@ -91,7 +97,8 @@ def explaining(base: Any) -> Any:
                 return super().create_wrapped_node(*args, **kwargs)
             except Exception as error:
                 if error.args and isinstance(error.args[0], str) and HINT not in error.args[0]:
-                    error.args = (f"{error.args[0]}\n{HINT}", *error.args[1:])
+                    hint = SHARED_NUMBER if "lift_tracked_freevar_to_input" in error.args[0] else HINT
+                    error.args = (f"{error.args[0]}\n{hint}", *error.args[1:])
                     if isinstance(getattr(error, "msg", None), str):
                         error.msg = error.args[0]  # type: ignore[attr-defined]
                 raise

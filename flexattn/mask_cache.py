@@ -7,6 +7,7 @@ closure of the same code over the same tensors costs nothing, and a tensor that 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +27,7 @@ CAPACITY = 64
 
 _Entry = tuple[tuple["weakref.ref[Tensor]", ...], BlockMask]
 _cache: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+_lock = threading.Lock()
 
 
 def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tensor) -> BlockMask:
@@ -48,11 +50,14 @@ def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tenso
     place = (program, B, H, L, S, query.device, floats, tuple(ints), versions)
     found = _cache.get(place)
     if found is not None and all(ref() is t for ref, t in zip(found[0], tensors, strict=True)):
-        _cache.move_to_end(place)
+        with _lock:
+            if place in _cache:
+                _cache.move_to_end(place)
         # The mask's blocks are the same; its elements are masked by the closure of this call.
         return found[1].with_mask_mod(mask_mod)
     mask = create_block_mask(mask_mod, B, H, L, S, device=query.device)
-    _cache[place] = (tuple(weakref.ref(t) for t in tensors), mask.with_mask_mod(None))
-    while len(_cache) > CAPACITY:
-        _cache.popitem(last=False)
+    with _lock:
+        _cache[place] = (tuple(weakref.ref(t) for t in tensors), mask.with_mask_mod(None))
+        while len(_cache) > CAPACITY:
+            _cache.popitem(last=False)
     return mask

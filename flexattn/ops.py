@@ -20,7 +20,7 @@ from .autocast import without_autocast
 from .backends import tiled, tiled_backward
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
-from .codegen.private import AFTER_AUTOGRAD, AutoDispatchBelowAutograd, watched
+from .codegen.private import AFTER_AUTOGRAD, AutoDispatchBelowAutograd, is_legacy_batched, watched
 from .codegen.reach import check_reach
 from .codegen.tiles import DEFAULT_MEMORY, classify
 from .kernel_options import parsed_options
@@ -231,6 +231,11 @@ class _Attention(torch.autograd.Function):
         n = ctx.n_captured
         if dout is None:
             dout = torch.zeros_like(out)
+        if is_legacy_batched(dout) or (dlse is not None and is_legacy_batched(dlse)):
+            raise NotImplementedError(
+                "flex_attention has no gradients of many outputs at once (is_grads_batched, vectorize=True). Use "
+                "torch.func.jacrev, or torch.func.vmap over torch.func.vjp"
+            )
         wanted = [i for i in range(n) if ctx.needs_input_grad[6 + i]]
         if torch.is_grad_enabled():  # create_graph=True
             dq, dk, dv, *found = _Gradient.apply(n, ctx.options, wanted, q, k, v, out, lse, dout, dlse, *rest)  # type: ignore[no-untyped-call]

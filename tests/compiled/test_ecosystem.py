@@ -18,6 +18,7 @@ from flexattn import create_block_mask, flex_attention, masks
 B, H, L, D = 2, 4, 70, 8
 FORWARD = torch.ops.flexattn.forward.default
 causal = create_block_mask(masks.causal_mask, None, None, L, L, "cpu", 32)
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention.mask_mod:UserWarning")
 BACKENDS = pytest.mark.parametrize("backend", [None, "eager", "aot_eager", "inductor"])
 
 
@@ -138,6 +139,22 @@ def test_autocast_decides_the_dtype_and_nothing_else(backend: str | None) -> Non
     near = {"rtol": 1.6e-2, "atol": 1e-2} if backend == "inductor" else {"rtol": 0, "atol": 0}  # its sin is another
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, **near)  # type: ignore[arg-type]
+
+
+@pytest.mark.feature("autocast")
+@BACKENDS
+def test_autocast_makes_one_dtype_of_several(backend: str | None) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out: Tensor = flex_attention(q, k, v.bfloat16(), mask_mod=masks.causal_mask)
+        return out * gate[0].bfloat16()
+
+    def cast(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        out: Tensor = flex_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask_mod=masks.causal_mask)
+        return out * gate[0].bfloat16()
+
+    for actual, wanted in zip(outcome(compiled(call, backend)), outcome(cast), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1.6e-2, atol=1e-2)
 
 
 @pytest.mark.feature("autocast")

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from flexattn import BlockMask, create_block_mask, flex_attention, masks, mods
 from flexattn.codegen.pipeline import variant
+from flexattn.graph_mod import SHARED_NUMBER
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention.mask_mod:UserWarning")
 LENGTHS = (64, 70, 96, 130, 131, 200, 257, 300, 384, 385)
@@ -103,6 +104,21 @@ def test_a_new_global_or_attribute_is_noticed() -> None:
     layer = Layer()
     assert graphs(call, [(set_global(c), (query(),)) for c in NUMBERS]) <= 2
     assert graphs(layer, [(set_attribute(c), (query(),)) for c in NUMBERS]) <= 2
+
+
+@pytest.mark.feature("new value, no new compilation: floats and scale")
+def test_a_changing_float_of_several_layers() -> None:
+    def directly(q: Tensor, c: Any) -> Tensor:
+        for _ in range(2):
+            q = flex_attention(q, q, q, lambda s, b, h, i, j: s / c)
+        return q
+
+    assert graphs(directly, [(query(), torch.tensor(c)) for c in NUMBERS[:4]]) == 1
+    torch._dynamo.reset()
+    try:
+        assert graphs(directly, [(query(), c) for c in NUMBERS[:4]]) <= 2
+    except AssertionError as error:  # PyTorch 2.11 and 2.13
+        assert SHARED_NUMBER in str(error)
 
 
 @pytest.mark.feature("new value, no new compilation: tensors")

@@ -142,3 +142,18 @@ def test_rows_without_keys_beside_rows_of_nan() -> None:
     out, aux = flexattn.flex_attention(q, k, v, mask_mod=mask, return_aux=flexattn.AuxRequest(lse=True))
     assert out[:, :, 0].isnan().all() and (out[:, :, 1] == 0).all() and out[:, :, 2:].isfinite().all()
     assert aux.lse is not None and (aux.lse[:, :, 1] == float("-inf")).all()
+
+
+def test_a_mask_that_was_first_used_in_inference_mode_can_be_trained_with() -> None:
+    x = torch.randn(1, 2, 67, 8, dtype=torch.float64)
+    ids = torch.arange(67) // 20
+    with torch.inference_mode():
+        flexattn.flex_attention(x, x, x, mask_mod=masks.document_mask(ids))
+        made = flexattn.create_block_mask(masks.causal_mask, None, None, 67, 67, "cpu")
+    y = x.clone().requires_grad_()
+    for options in ({"mask_mod": masks.document_mask(ids)}, {"block_mask": made}):
+        expected = flexattn.flex_attention(y, y, y, backend="reference", **options)
+        found = flexattn.flex_attention(y, y, y, **options)
+        torch.testing.assert_close(found, expected)
+        for actual, wanted in zip(*(torch.autograd.grad(t.square().sum(), y) for t in (found, expected)), strict=True):
+            torch.testing.assert_close(actual, wanted)

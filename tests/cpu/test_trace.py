@@ -377,3 +377,20 @@ def test_a_failed_trace_leaves_no_mode_behind() -> None:
     for _ in range(3):
         fails(lambda s, b, h, q, k: s if q > k else -s)
     assert (torch.ones(2) + 1).sum().item() == 4
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda score, b, h, q_idx, kv_idx: torch.nn.functional.softplus(score, 2.0),
+        lambda score, b, h, q_idx, kv_idx: torch.nn.Softplus(3.0, 1.0)(score),
+        lambda score, b, h, q_idx, kv_idx: torch.addcmul(score, score, score, value=0.5),
+        lambda score, b, h, q_idx, kv_idx: torch.addcdiv(score, score, score * score + 1, value=-2.0),
+        lambda score, b, h, q_idx, kv_idx: torch.nn.functional.gelu(score, approximate="tanh"),
+    ],
+)
+def test_options_by_position_and_by_name(mod: Any) -> None:
+    at = torch.tensor(0)
+    for score in (-2.0, 0.25, 7.0):
+        expected = mod(torch.tensor(score), at, at, at, at)
+        assert value_at(mod, score=score) == pytest.approx(expected.item(), rel=1e-6)

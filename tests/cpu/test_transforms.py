@@ -213,3 +213,11 @@ def test_a_shifted_program_counts_from_the_shard_s_first_entry() -> None:
     torch.testing.assert_close(made, 1.5 + table[3, 3:] * torch.arange(3, 6))
     untouched = trace(lambda s, b, h, i, j: s + table[h, 0], None).program
     assert shifted(untouched, "b") == untouched
+
+
+def test_many_gradients_at_once_are_refused_with_the_way_that_works() -> None:
+    x = torch.randn(1, 2, 6, 4)
+    call = lambda x: flex_attention(x, x, x).sum((2, 3))
+    with pytest.raises(NotImplementedError, match=r"is_grads_batched.*torch\.func\.jacrev"):
+        torch.autograd.functional.jacobian(call, x, vectorize=True)
+    torch.testing.assert_close(jacrev(call)(x), torch.autograd.functional.jacobian(call, x))

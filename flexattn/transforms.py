@@ -27,10 +27,11 @@ def attention(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flexattn::forward`, with its arguments, where transforms are active."""
-    sizes = len(captured), len(block_mask)
     ints, floats, block_size, *rest = options
     options = (list(ints), floats, list(block_size), *rest)
-    made: tuple[Tensor, Tensor, Tensor] = _Forward.apply(sizes, options, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, Tensor, Tensor] = _Forward.apply(
+        len(captured), options, query, key, value, *captured, *block_mask
+    )  # type: ignore[no-untyped-call]
     return made
 
 
@@ -40,13 +41,13 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sizes: tuple[int, int], options: tuple[Any, ...], *tensors: Tensor) -> Any:
+    def forward(n: int, options: tuple[Any, ...], *tensors: Tensor) -> Any:
         q, k, v, *rest = tensors
-        return ops.FORWARD(q, k, v, rest[: sizes[0]], rest[sizes[0] :], *options)
+        return ops.FORWARD(q, k, v, rest[:n], rest[n:], *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (n, _), options, q, k, v, *rest = inputs
+        n, options, q, k, v, *rest = inputs
         out, lse, max_scores = output
         ctx.n, ctx.options = n, options
         ctx.wanted = [i for i in range(n) if ctx.needs_input_grad[5 + i]]

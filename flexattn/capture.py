@@ -114,6 +114,9 @@ def block_lists(
     """
     if torch.compiler.is_dynamo_compiling():
         return dynamo.block_lists(mask_mod, shape, block_size, like, unsaid, memory)
+    if torch.is_inference_mode_enabled():  # a mask that is first used to validate may be used to train
+        with torch.inference_mode(False):
+            return block_lists(mask_mod, shape, block_size, like, unsaid, memory, fixed)
     program, inside, ints = cached_trace(None, mask_mod, device=like.device)
     captured, floats = split(inside, program)
     validate.captured(captured, like.device)
@@ -127,9 +130,6 @@ def block_lists(
             )
     kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
     captured = sharded.whole(captured)
-    if torch.is_inference_mode_enabled():  # a mask that is first used to validate may be used to train
-        with torch.inference_mode(False):
-            return block_lists(mask_mod, shape, block_size, like, unsaid, memory, fixed)
     trim = not fixed and type(like) is Tensor and not like.is_meta and not transforms_are_active()
     return ops.block_mask(captured, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .block_lists import has_data
 from .mask_object import MaskMod, MaskObject
 from .masks import and_masks, document_mask
 from .masks.combine import check_callable
-from .masks.parameters import at, check_ids, described, has_data, holds_integers, is_integer
+from .masks.parameters import at, check_ids, described, holds_integers, is_integer
 
 T = TypeVar("T")
 

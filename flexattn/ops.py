@@ -287,7 +287,7 @@ def _autograd(
 ) -> Any:
     captured, block_mask = captured or (), block_mask or ()  # None for an empty list, from an AOTInductor package
     options = options[0] or (), options[1] or (), *options[2:]
-    if _unseen(query, key, value, *captured, *block_mask):
+    if keyset is not None and _unseen(query, key, value, *captured, *block_mask):
         keyset = None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *captured)):
         return _Attention.apply(keyset, len(captured), options, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]

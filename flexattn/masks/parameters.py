@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..block_lists import has_data  # noqa: F401, of the masks
-
 
 def described(value: Any) -> str:
     """A parameter as an error message shows it: a tensor by its dtype and shape."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..block_lists import has_data
 from ..mask_object import MaskObject
-from .parameters import check_integers, described, has_data, holds_integers, per_batch
+from .parameters import check_integers, described, holds_integers, per_batch
 
 WORD = 32  # bits
 

@@ -253,7 +253,7 @@ def test_ten_steps_of_decoding(as_tensor: bool) -> None:
 
 
 @pytest.mark.feature("no slow path at the recompile limit")
-def test_beyond_the_recompile_limit_eager_code_computes_the_same_in_linear_memory(
+def test_beyond_the_recompile_limit_eager_code_computes_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     layers = [Layer(0.1 * i) for i in range(4)]

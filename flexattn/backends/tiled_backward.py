@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codegen.evaluate import Inputs, broadcast, evaluate, wrap_index
-from ..codegen.ir import Node
+from ..codegen.evaluate import evaluate
 from ..problem import Problem
+from .captured_gradients import CapturedGradients
 from .schedule import Tile
 from .tiled import LOG2E, Chunk, Part, Walk, merged
 
@@ -49,7 +49,7 @@ def backward(
     saved = _Saved(lse2, delta, dout)
     dq = torch.zeros(problem.query.shape, dtype=walk.dtype, device=walk.device)
     dk, dv = (torch.zeros(t.shape, dtype=walk.dtype, device=walk.device) for t in (problem.key, problem.value))
-    captured = _CapturedGradients(problem, wanted, walk.dtype)
+    captured = CapturedGradients(problem, wanted, walk.dtype)
     for leg in walk.legs():
         for part in walk.parts(leg):
             split = part.split
@@ -71,7 +71,7 @@ def _backward_tile(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    captured: _CapturedGradients,
+    captured: CapturedGradients,
 ) -> None:
     if not tile.spans:
         return
@@ -109,18 +109,18 @@ def _add_columns(target: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor) ->
         column += stop - start
 
 
-def _through_mod(walk: Walk, part: Part, chunk: Chunk, raw: Tensor, ds: Tensor, captured: _CapturedGradients) -> Tensor:
+def _through_mod(walk: Walk, part: Part, chunk: Chunk, raw: Tensor, ds: Tensor, captured: CapturedGradients) -> Tensor:
     """The gradient of the raw score, from that of the modified score; captured tensors get theirs on the way."""
     derivative = walk.variant.derivative
-    loads = [(load, grad) for load, grad in derivative.loads if captured.wants(load)]
-    if walk.linear and not loads:
+    contributions = captured.contributions
+    if walk.linear and not contributions:
         return ds
     inputs = chunk.inputs.fork({"score": walk.tile_view(part, raw), "grad": walk.tile_view(part, ds)})
     roots = [] if walk.linear or derivative.score is None else [derivative.score]
-    values = evaluate([*roots, *[grad for _, grad in loads]], inputs, walk.pool)
+    values = evaluate([*roots, *[c.gradient for c in contributions]], inputs, walk.pool)
     shape = walk.tile_view(part, ds).shape
-    for (load, _), value in zip(loads, values[len(roots) :], strict=True):
-        captured.add(load, _cut(value.expand(shape), chunk), inputs)
+    for contribution, value in zip(contributions, values[len(roots) :], strict=True):
+        captured.add(contribution.access, _cut(value.expand(shape), chunk), inputs)
     if walk.linear:
         result = ds
     else:
@@ -141,45 +141,3 @@ def _cut(value: Tensor, chunk: Chunk) -> Tensor:
     for start, stop, keep in chunk.keep:
         value[..., start:stop] = torch.where(keep, value[..., start:stop], 0.0)
     return value
-
-
-class _CapturedGradients:
-    """Sums of the gradients of captured tensors, in the compute dtype."""
-
-    def __init__(self, problem: Problem, wanted: Sequence[int], dtype: torch.dtype) -> None:
-        self.captured = problem.captured
-        self.sums = {
-            i: torch.zeros(problem.captured[i].shape, dtype=dtype, device=problem.query.device) for i in wanted
-        }
-        self.wanted = wanted
-
-    def wants(self, load: Node) -> bool:
-        return _number(load) in self.sums
-
-    def add(self, load: Node, grad: Tensor, inputs: Inputs) -> None:
-        """Scatter `grad` [nb, nh, G, rows, W] to the entries that `load` read."""
-        total = self.sums[_number(load)]
-        index = [wrap_index(i, n) for i, n in zip(evaluate(load.args[1:], inputs), total.shape, strict=True)]
-        shape = broadcast(*(i.shape for i in index)) if index else ()
-        shape = (1,) * (grad.dim() - len(shape)) + tuple(shape)
-        # Axes that the index does not depend on are summed before anything is scattered.
-        axes = [d for d, n in enumerate(shape) if n == 1 and grad.shape[d] > 1]
-        grad = grad.to(total.dtype)
-        if axes:
-            grad = grad.sum(axes, keepdim=True)
-        if not index:
-            total += grad.sum()
-            return
-        flat = torch.zeros((), dtype=torch.int64, device=grad.device)
-        for i, n in zip(index, total.shape, strict=True):
-            flat = flat * n + i
-        total.view(-1).index_add_(0, flat.expand(shape).reshape(-1), grad.reshape(-1))
-
-    def results(self) -> list[Tensor]:
-        return [self.sums[i].to(self.captured[i].device, self.captured[i].dtype) for i in self.wanted]
-
-
-def _number(load: Node) -> int:
-    value = load.args[0].value
-    assert isinstance(value, tuple)
-    return value[0]

@@ -48,7 +48,7 @@ class Access(NamedTuple):
     kv: Axis | None = None
 
     @property
-    def index(self) -> tuple[Node, ...]:
+    def indices(self) -> tuple[Node, ...]:
         """One graph for each dimension of the tensor."""
         return self.load.args[1:]
 

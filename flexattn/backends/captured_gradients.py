@@ -53,7 +53,7 @@ class CapturedGradients:
     def add(self, to: Access, values: Tensor, inputs: Inputs) -> None:
         """Add `values` to the entries that `to` reads at the indices of `inputs`, which broadcast against them."""
         total = self.sums[to.number]
-        index = [wrap_index(i, n) for i, n in zip(evaluate(to.index, inputs), total.shape, strict=True)]
+        index = [wrap_index(i, n) for i, n in zip(evaluate(to.indices, inputs), total.shape, strict=True)]
         shape = broadcast(*(i.shape for i in index)) if index else ()
         values = _summed(values.to(total.dtype), shape)
         if not index:
@@ -90,7 +90,7 @@ class CapturedGradients:
         slab = torch.zeros((), dtype=torch.int64, device=self.device)
         for d, n in enumerate(self.problem.captured[to.number].shape):
             if d not in (to.q.dim, to.kv.dim):
-                (i,) = evaluate([to.index[d]], inputs)
+                (i,) = evaluate([to.indices[d]], inputs)
                 slab = slab * n + wrap_index(i, n)
         shape = (1,) * (values.dim() - slab.dim()) + tuple(slab.shape)
         values = _summed(values.to(total.dtype), (*shape[:-2], rows, columns))

@@ -7,9 +7,10 @@ index expressions, proven here from their form; what is not proven is `INDIRECT`
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .ir import Node, Op, walk
 from .linear import collect, total
@@ -28,6 +29,22 @@ class Pattern(Enum):
     INDIRECT = "indirect"  # anything else
 
     __hash__ = object.__hash__
+
+
+# How kernels collect the gradient of a load: summed over the keys; summed over the queries; summed along the diagonals of
+# a tile; each element stored to its entry; each stored to a workspace; each added to its entry by an atomic.
+Method = Literal["row", "column", "diagonal", "store", "workspace", "atomic"]
+USUAL: dict[Pattern, Method] = {
+    Pattern.HEAD: "row",
+    Pattern.ROW: "row",
+    Pattern.COLUMN: "column",
+    Pattern.DIAGONAL: "diagonal",
+    Pattern.DENSE: "store",
+    Pattern.INDIRECT: "atomic",
+}
+
+
+Methods = tuple[Method | None, ...]
 
 
 class Axis(NamedTuple):
@@ -73,6 +90,15 @@ def access(load: Node) -> Access:
     if q is not None and kv is not None:
         return Access(load, number, Pattern.DENSE, axes, q, kv)
     return Access(load, number, Pattern.INDIRECT, axes)
+
+
+def usual_methods(loads: Sequence[tuple[Node, Node]], wanted: Collection[int]) -> Methods:
+    """How the gradients of loads, as in `Derivative.loads`, are collected by their patterns alone.
+
+    None for a load from a tensor that is not among the `wanted` ones, or that the loss does not depend on.
+    """
+    found = [(access(load), "grad" in gradient.axes) for load, gradient in loads]
+    return tuple(USUAL[to.pattern] if depends and to.number in wanted else None for to, depends in found)
 
 
 @lru_cache(maxsize=4096)

@@ -104,6 +104,24 @@ def shift_right(x, y, BITS: tl.constexpr):
 
 
 @triton.jit
+def store_diagonals(ptr, x, tile):
+    """Store the sums along the diagonals of a tile [M, N] at the `tile`-th place of a workspace.
+
+    Entry w * N + c of a place, which has as many multiples of N as hold M + N - 1 entries, is the sum of all x[i, j] with
+    j - i = c - w * N.
+    """
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    WRAPS: tl.constexpr = (M + 2 * N - 2) // N
+    column = tl.arange(0, N)
+    along = tl.arange(0, M)[:, None] + column[None, :]  # i + c, which is j + w * N
+    skewed = tl.gather(x, along % N, 1)
+    at = ptr + tile.to(tl.int64) * (WRAPS * N) + column
+    for w in tl.static_range(WRAPS):
+        tl.store(at + w * N, tl.sum(tl.where(along // N == w, skewed, 0.0), 0))
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent, to a few roundings relative to the result."""
     t = tl.exp2(tl.abs(x) * (-2 * LOG2E))

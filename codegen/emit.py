@@ -3,12 +3,15 @@
     score_mod(score, b, h, q_idx, kv_idx, captured)                      the modified score
     mask_mod(b, h, q_idx, kv_idx, captured)                              True = attend
     score_mod_grad(grad, score, b, h, q_idx, kv_idx, captured)           d loss / d score
-    captured_grads(grad, score, b, h, q_idx, kv_idx, keep, captured, dcaptured, Q_AXIS)
-                                                                         adds to the gradients of captured tensors
+    row_grads(sums, grad, score, b, h, q_idx, kv_idx, keep, captured)    sums + gradients of captured tensors, over axis 1
+    column_grads(...)                                                    the same, for a tile that lies transposed
+    tile_grads(grad, score, b, h, q_idx, kv_idx, keep, captured, dcaptured, line, columns, tile)
+                                                                         puts gradients of captured tensors where they belong
 
-Indices and scores are tensors that broadcast against the score's tile; Q_AXIS is the axis of the tile along which q_idx
-runs. `captured` is a flat tuple: pointer, sizes and strides of c0, the same of c1, ..., the run-time floats, the
-run-time ints. `dcaptured` holds pointer and strides of each wanted gradient. The text is the same for the same graph.
+Indices and scores are tensors that broadcast against the score's tile. `captured` is a flat tuple: pointer, sizes and
+strides of c0, the same of c1, ..., the run-time floats, the run-time ints. `sums` holds a float32 vector for each load that
+is summed. `dcaptured` holds what `tile_positions` says; element (q, kv) of a workspace stands at (line + q) * columns + kv,
+and the diagonals of the tile at a multiple of `tile`. The text is the same for the same graph.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from .access import Method, Methods
 from .formula import formula, gradients
 from .ir import DType, Node, Op, walk
 from .pipeline import Variant
@@ -24,6 +28,13 @@ from .triton_text import SPELLING, TRITON_DTYPE, literal, never_negative, typed
 
 _LOW = frozenset((DType.FLOAT16, DType.BFLOAT16))  # computed in float32, rounded after every operation
 _INDICES = "b, h, q_idx, kv_idx"
+_BY_TILE: tuple[Method, ...] = ("diagonal", "store", "workspace", "atomic")
+
+
+class _Collected(NamedTuple):
+    load: Node
+    gradient: Node
+    method: Method
 
 
 class Dialect(NamedTuple):
@@ -54,22 +65,28 @@ class Functions(NamedTuple):
     score_mod: Function | None
     mask_mod: Function | None
     score_mod_grad: Function | None
-    captured_grads: Function | None
+    row_grads: Function | None
+    column_grads: Function | None
+    tile_grads: Function | None
 
 
 def functions(
-    variant: Variant, wanted: Sequence[int] = (), wide: Collection[int] = (), dialect: Dialect = TRITON
+    variant: Variant, methods: Methods = (), wide: Collection[int] = (), dialect: Dialect = TRITON
 ) -> Functions:
     """The device functions of a variant.
 
-    `wanted` numbers the captured tensors whose gradients are asked for, in the order of `dcaptured`; `wide` those with
-    more elements than a 32-bit offset reaches.
+    `methods` says how the gradient of each of `variant.derivative.loads` is collected, None where it is not wanted; `wide`
+    numbers captured tensors with more elements than a 32-bit offset reaches.
     """
-    loads = [(load, grad) for load, grad in variant.derivative.loads if _number(load) in wanted]
     to_score = variant.derivative.score
 
     def printer(role: str) -> _Printer:
         return _Printer(variant, role, dialect.prefix, wide)
+
+    def collector(role: str, *which: Method) -> Function | None:
+        pairs = zip(variant.derivative.loads, methods, strict=False)
+        found = [_Collected(*load, method) for load, method in pairs if method in which]
+        return printer(role).collect(found) if found else None
 
     grad_function = None
     if to_score is None or to_score.op is not Op.INPUT or to_score.value != "grad":
@@ -80,8 +97,20 @@ def functions(
         else None,
         None if variant.mask is None else printer("mask_mod").single(variant.mask, f"{_INDICES}, captured"),
         grad_function,
-        printer("captured_grads").accumulate(loads, wanted) if loads else None,
+        collector("row_grads", "row"),
+        collector("column_grads", "column"),
+        collector("tile_grads", *_BY_TILE),
     )
+
+
+def tile_positions(variant: Variant, methods: Methods) -> list[int]:
+    """How many entries of the flat tuple `dcaptured` each load that `tile_grads` handles has: its buffer, and strides."""
+    pairs = zip(variant.derivative.loads, methods, strict=False)
+    return [_entries(load, method) for (load, _), method in pairs if method in _BY_TILE]
+
+
+def _entries(load: Node, method: Method | None) -> int:
+    return len(load.args) if method in ("store", "atomic") else 1
 
 
 def captured_positions(variant: Variant) -> tuple[list[int], int, int]:
@@ -122,35 +151,43 @@ class _Printer:
         what = {"score_mod": "score'", "mask_mod": "keep", "score_mod_grad": "d score"}[self.role]
         return self._finish(parameters, formula({what: root}))
 
-    def accumulate(self, loads: Sequence[tuple[Node, Node]], wanted: Sequence[int]) -> Function:
-        """The function that adds each load's gradient to the tensor it read from."""
+    def collect(self, loads: Sequence[_Collected]) -> Function:
+        """A function that takes the gradients of loads out of a tile."""
         tl = self.tl
-        places, at = {}, 0
-        for number in wanted:
-            places[number] = at
-            at += 1 + self.variant.captured[number][1]
-        for i, (load, grad) in enumerate(loads):
-            number, index = _number(load), load.args[1:]
-            self._lines([*index, grad])
-            value, axes = f"g{i}", frozenset[str]().union(*(n.axes for n in index))
-            target = self._unpack(f"d{number}", "dcaptured", places[number])
-            positions = self._places(load)
-            self.body.append(f"{value} = {tl}.where(keep, {self.names[grad]}.to({tl}.float32), 0.0)")
-            # What the index does not depend on is summed in the tile, so that one element is added instead of a row.
-            for axis, missing in (("Q_AXIS", "q_idx"), ("1 - Q_AXIS", "kv_idx")):
-                if missing not in axes and "score" not in axes:
-                    self.body.append(f"{value} = {tl}.sum({value}, {axis}, keep_dims=True)")
-            parts = [
-                f"{place} * {self._unpack(f'd{number}_stride{d}', 'dcaptured', places[number] + 1 + d)}"
-                for d, place in enumerate(positions)
-            ]
-            address = " + ".join([target, *parts])
-            self.body.append(f"at{i} = {tl}.broadcast_to({address}, {value}.shape)")
-            whole = {"q_idx", "kv_idx"} <= axes or "score" in axes
-            mask = ", mask=keep" if whole else ""
-            self.body.append(f'{tl}.atomic_add(at{i}, {value}{mask}, sem="relaxed")')
-        parameters = f"grad, score, {_INDICES}, keep, captured, dcaptured, Q_AXIS: {tl}.constexpr"
-        return self._finish(parameters, gradients(None, loads))
+        summed, at = [], 0
+        for i, (load, gradient, method) in enumerate(loads):
+            self._lines([*(load.args[1:] if method in ("store", "atomic") else ()), gradient])
+            self.body.append(f"g{i} = {tl}.where(keep, {self.names[gradient]}.to({tl}.float32), 0.0)")
+            if method in ("row", "column"):
+                summed.append(f"sums[{i}] + {tl}.sum(g{i}, 1)")
+            else:
+                self._put(i, load, method, at)
+                at += _entries(load, method)
+        rest = f"grad, score, {_INDICES}, keep, captured"
+        note = gradients(None, [(c.load, c.gradient) for c in loads])
+        if not summed:
+            return self._finish(f"{rest}, dcaptured, line, columns, tile", note)
+        self.body.append(f"return ({', '.join(summed)},)")
+        return self._finish(f"sums, {rest}", note)
+
+    def _put(self, i: int, load: Node, method: Method, at: int) -> None:
+        """Lines that put the gradients `g{i}` of a tile into the buffer at `dcaptured[at]`."""
+        tl = self.tl
+        target = self._unpack(f"d{i}", "dcaptured", at)
+        if method == "diagonal":
+            self.body.append(f"device.store_diagonals({target}, g{i}, tile)")
+            return
+        if method == "workspace":
+            address = f"{target} + ((line + q_idx) * columns + kv_idx)"
+        else:
+            strides = [self._unpack(f"d{i}_stride{d}", "dcaptured", at + 1 + d) for d in range(len(load.args) - 1)]
+            places = self._places(load)
+            address = " + ".join([target, *(f"{p} * {s}" for p, s in zip(places, strides, strict=True))])
+        self.body.append(f"at{i} = {tl}.broadcast_to({address}, g{i}.shape)")
+        if method == "atomic":
+            self.body.append(f'{tl}.atomic_add(at{i}, g{i}, mask=keep, sem="relaxed")')
+        else:
+            self.body.append(f"{tl}.store(at{i}, g{i}, mask=keep)")
 
     def _finish(self, parameters: str, note: str) -> Function:
         head = [f"# {line}" for line in note.splitlines()]

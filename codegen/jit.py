@@ -27,7 +27,9 @@ class Jitted(NamedTuple):
     score_mod: Any
     mask_mod: Any
     score_mod_grad: Any
-    captured_grads: Any
+    row_grads: Any
+    column_grads: Any
+    tile_grads: Any
 
 
 def jitted(functions: Functions) -> Jitted:

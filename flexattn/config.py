@@ -68,6 +68,7 @@ RECOMMENDED: dict[tuple[Pass, str, Product], dict[int, KernelConfig]] = {
 LADDER = (
     _C(128, 64, 8, 2),
     _C(64, 64, 8, 2),
+    _C(128, 32, 8, 2),
     _C(64, 64, 4, 2),
     _C(64, 32, 4, 2),
     _C(32, 64, 4, 2),

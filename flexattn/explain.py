@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import validate
+from .codegen.access import usual_methods
 from .codegen.derivative import derivative
 from .codegen.emit import functions
 from .codegen.formula import formula, gradients, inline
@@ -156,7 +157,8 @@ def _derivative(derivative: Any, names: Mapping[str, str]) -> str:
 
 def _functions(parsed: Variant, captured: Sequence[Tensor]) -> str:
     wanted = [i for i, t in enumerate(captured) if t.requires_grad]
-    made = [f for f in functions(parsed, wanted) if f is not None]
+    methods = usual_methods(parsed.derivative.loads, wanted)
+    made = [f for f in functions(parsed, methods) if f is not None]
     return "\n".join(f.source for f in made).rstrip() or "none: the templates compute unmodified scores by themselves"
 
 

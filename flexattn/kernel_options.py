@@ -37,6 +37,11 @@ OPTIONS: dict[str, Option] = {
         "the full blocks of every list are adjacent: checked once for each mask, and then counted, not read; "
         "set by itself where `create_block_mask` found it so",
     ),
+    "DETERMINISTIC": Option(
+        "bool",
+        "gradients of captured tensors that are read at arbitrary indices are the same bits in every run: stored and "
+        "sorted, instead of added by atomics; so they are under torch.use_deterministic_algorithms(True)",
+    ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
     "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),

@@ -1,11 +1,11 @@
-"""The backward pass over query tiles: dQ, and the gradients of captured tensors."""
+"""The backward pass over query tiles: dQ, and what tiles give to captured tensors."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .block_walk import find_row, masked_tile, plain_tile, tile_counts, tile_of_program
+from .block_walk import find_row, masked_tile, plain_tile, slot_of, tile_counts, tile_of_program
 from .gradient import load_row_statistics, score_gradients
 from .memory import load_tile, slice_of, store_tile
 from .names import kernel_name
@@ -14,10 +14,11 @@ from .scores import log2_factor
 
 
 @triton.jit
-def _add_keys(dq_acc, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m, b,
-              h, scale, factor, captured, dcaptured, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,
-              score_mod_grad: tl.constexpr, captured_grads: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """dq, before the scale, plus what the keys from `start_n` on contribute."""
+def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m,
+              b, h, S, scale, factor, captured, dcaptured, line, row_of_slots, shape, score_mod: tl.constexpr,
+              mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, row_grads: tl.constexpr, tile_grads: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """dq, before the scale, and the sums of captured gradients, plus what the keys from `start_n` on contribute."""
     offs_n = start_n + tl.arange(0, shape.BLOCK_N)
     q_idx, kv_idx = offs_m[:, None], offs_n[None, :]
     k_tile = load_tile(k_ptr, k, start_n, stop_n, shape.BLOCK_N, shape.D, shape.BLOCK_D, MASKED, shape.OFFSET)
@@ -29,22 +30,35 @@ def _add_keys(dq_acc, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start
         qk, dp, lse_i[:, None], delta_i[:, None], is_full, kv_idx, stop_n, b, h, q_idx, kv_idx, scale, factor, captured,
         shape, score_mod, mask_mod, score_mod_grad, MASKED,
     )  # fmt: skip
-    if captured_grads is not None:
+    if row_grads is not None:  # what rows that do not exist sum up is not stored
+        sums = row_grads(sums, dmodified, raw, b, h, q_idx, kv_idx, keep, captured)
+    if tile_grads is not None:
         counted = tl.broadcast_to(q_idx < stop_m, qk.shape) & keep
-        captured_grads(dmodified, raw, b, h, q_idx, kv_idx, counted, captured, dcaptured, 0)
-    return product(ds.to(k_tile.dtype), k_tile, dq_acc, shape.PRECISION)
+        slot = row_of_slots + slot_of(start_n, shape.SPARSE_KV, shape.BLOCK_N)
+        tile_grads(dmodified, raw, b, h, q_idx, kv_idx, counted, captured, dcaptured, line, S, slot)
+    return product(ds.to(k_tile.dtype), k_tile, dq_acc, shape.PRECISION), sums
 
 
 @triton.jit(repr=kernel_name("attention_backward_dq"))
-def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, dcaptured, L, S, heads, group_size, tiles,
-                          scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr, score_mod_grad: tl.constexpr,
-                          captured_grads: tl.constexpr):  # fmt: skip
-    """dq = scale * dS k, and dcaptured += the gradient of every load of the attended elements.
+def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_sums, dcaptured, part, L, S, heads,
+                          group_size, tiles, scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,
+                          score_mod_grad: tl.constexpr, row_grads: tl.constexpr, tile_grads: tl.constexpr,
+                          ROWS: tl.constexpr):  # fmt: skip
+    """dq = scale * dS k, and the gradients of loads: ROWS of them, summed over the keys, to `row_sums`; others by tile.
 
-    Operands and grid as those of `attention_forward`; lse and delta [B, Hq, L], contiguous float32.
+    Operands and grid as those of `attention_forward`; lse, delta and each of `row_sums` [B, Hq, L], contiguous float32.
+    `part` is the part of the grid that is launched, None for all of it; its workspaces are in `dcaptured`.
     """
-    t = tl.program_id(0) % tiles
-    bh = tl.program_id(0) // tiles
+    program = tl.program_id(0)
+    row_of_slots = program.to(tl.int64)
+    if part is not None:
+        row_of_slots *= part.slots
+        program += part.first
+    t = program % tiles
+    bh = program // tiles
+    line = bh.to(tl.int64) * L
+    if part is not None:
+        line -= part.line
     b, h = bh // heads, bh % heads
     row, start_m, stop_m = tile_of_program(t, L, shape.SPARSE_Q, shape.BLOCK_M)
     offs_m = start_m + tl.arange(0, shape.BLOCK_M)
@@ -56,6 +70,7 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, dcaptu
     lse_i, delta_i = load_row_statistics(lse, delta, bh.to(tl.int64) * L + offs_m, offs_m, stop_m)
     factor = log2_factor(scale, shape.SCALE_IN_FACTOR)
     acc = tl.zeros([shape.BLOCK_M, shape.BLOCK_D], tl.float32)
+    sums = (tl.zeros([shape.BLOCK_M], tl.float32),) * ROWS
 
     partial, n_partial, full, n_full = find_row(lists, b, h, row, shape.LISTED)
     partial_tiles, masked_tiles, plain_tiles = tile_counts(
@@ -65,16 +80,20 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, dcaptu
         start_n, stop_n, is_full = masked_tile(
             partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED
         )  # fmt: skip
-        acc = _add_keys(
-            acc, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m, b, h,
-            scale, factor, captured, dcaptured, shape, score_mod, mask_mod, score_mod_grad, captured_grads, True,
+        acc, sums = _add_keys(
+            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m,
+            b, h, S, scale, factor, captured, dcaptured, line, row_of_slots, shape, score_mod, mask_mod,
+            score_mod_grad, row_grads, tile_grads, True,
         )  # fmt: skip
     for i in tl.range(0, plain_tiles):
         start_n = plain_tile(full, i, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED, shape.CONTIGUOUS)
-        acc = _add_keys(
-            acc, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, S, True, offs_m, stop_m, b, h,
-            scale, factor, captured, dcaptured, shape, score_mod, mask_mod, score_mod_grad, captured_grads, False,
+        acc, sums = _add_keys(
+            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, S, True, offs_m, stop_m,
+            b, h, S, scale, factor, captured, dcaptured, line, row_of_slots, shape, score_mod, mask_mod,
+            score_mod_grad, row_grads, tile_grads, False,
         )  # fmt: skip
     store_tile(
         slice_of(dq, b, h), dq, start_m, stop_m, acc * scale, shape.BLOCK_M, shape.D, shape.BLOCK_D, shape.OFFSET
     )
+    for i in tl.static_range(ROWS):
+        tl.store(row_sums[i] + bh.to(tl.int64) * L + offs_m, sums[i], mask=offs_m < stop_m)

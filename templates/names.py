@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_FUNCTIONS = ("score_mod", "mask_mod", "score_mod_grad", "captured_grads")
+_FUNCTIONS = ("score_mod", "mask_mod", "score_mod_grad", "row_grads", "column_grads", "tile_grads")
 
 
 def kernel_name(kernel: str) -> Callable[[Any], str]:

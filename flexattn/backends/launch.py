@@ -6,7 +6,7 @@ gives way to the next of its chain. The choice is kept for all later calls of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +20,11 @@ from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_me
 from ..errors import KernelError
 from .resources import Resources, resources
 from .target import Target, current, interpreted
+
+
+def whole(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One launch."""
+    yield programs, {}
 
 
 class Call(NamedTuple):
@@ -36,6 +41,7 @@ class Call(NamedTuple):
         shaped: the rest, given a configuration: tiles and what follows from them. `grid` is the number of programs.
         device: where the tensors are.
         compiler_options: what the caller tells Triton's compiler for one make of GPU.
+        parts: the launches that cover the grid, given what `shaped` gave: the number of programs, and more arguments.
     """
 
     kernel: Any
@@ -49,6 +55,7 @@ class Call(NamedTuple):
     shaped: Callable[[KernelConfig], dict[str, Any]]
     device: torch.device
     compiler_options: Mapping[str, Any] = MappingProxyType({})
+    parts: Callable[[int, dict[str, Any]], Iterator[tuple[int, dict[str, Any]]]] = whole
 
 
 class Chosen(NamedTuple):
@@ -79,12 +86,13 @@ def launch(call: Call) -> None:
 def run(call: Call, config: KernelConfig) -> None:
     """Run a call with a given configuration."""
     shaped = call.shaped(config)
-    grid = (shaped.pop("grid"),)
-    if grid[0] == 0:
+    programs = shaped.pop("grid")
+    if programs == 0:
         return
     with _on(call.device):
         try:
-            call.kernel[grid](**call.arguments, **shaped, **_options(call, config))
+            for grid, more in call.parts(programs, shaped):
+                call.kernel[(grid,)](**call.arguments, **shaped, **more, **_options(call, config))
         except (CompilationError, InterpreterError) as error:
             raise explained(error) from error
 
@@ -153,9 +161,9 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
 def compiled(call: Call, config: KernelConfig) -> Any:
     """The kernel compiled for the active target, not launched."""
     shaped = call.shaped(config)
-    shaped.pop("grid")
+    _, more = next(call.parts(shaped.pop("grid"), shaped))
     try:
-        return call.kernel.run(grid=(1,), warmup=True, **call.arguments, **shaped, **_options(call, config))
+        return call.kernel.run(grid=(1,), warmup=True, **call.arguments, **shaped, **more, **_options(call, config))
     except CompilationError as error:
         raise explained(error) from error
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..codegen.access import usual_methods
 from ..codegen.pipeline import Variant
 from ..problem import Problem
+from .collection import Collection
 from .launch import Call, choose
 from .resources import Resources
 from .target import Target, compiling_for
@@ -70,13 +72,15 @@ def calls(
     if variant.mask is not None:
         count, index = torch.zeros(1, 1, blocks, dtype=torch.int32, device=device), torch.zeros(1, 1, blocks, blocks)
         lists = [count, index.to(count)] * 2
-    captured = [t.detach().to(device).requires_grad_(t.requires_grad) for t in captured]
-    wanted = [i for i, t in enumerate(captured) if t.requires_grad]
+    n = len(variant.captured)  # run-time floats come after the tensors
+    wanted = [i for i, t in enumerate(captured[:n]) if t.requires_grad]
+    captured = [*(t.detach().to(device) for t in captured[:n]), *captured[n:]]
     problem = Problem(q, k, v, captured, lists, ints, (128, 128), variant, head_dim**-0.5)
-    sums = [torch.empty(captured[i].shape, device=device) for i in wanted]
-    gradients = Backward(q, k, v, sums)
+    # The tensors at hand may be of another length than this problem.
+    collection = Collection(problem, wanted, methods=usual_methods(variant.derivative.loads, wanted))
+    gradients = Backward(q, k, v, [])
     return [
         forward_call(problem, Forward(q, row, row), {}),
-        dq_call(problem, q, row, row, gradients, wanted, {}),
-        dkdv_call(problem, q, row, row, gradients, {}),
+        dq_call(problem, q, row, row, gradients, collection, {}),
+        dkdv_call(problem, q, row, row, gradients, collection, {}),
     ]

@@ -5,7 +5,7 @@ Nothing of size S x S is allocated: outputs, row statistics, and the transposed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..codegen.access import Methods
 from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
@@ -27,6 +28,7 @@ from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
 from . import kernel_lists
+from .collection import Collection, Tiling, is_deterministic
 from .launch import Call, launch, run
 from .target import interpreted
 
@@ -75,24 +77,19 @@ def backward(
 ) -> Backward:
     """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
     query, key, value = problem.query, problem.key, problem.value
-    result = Backward(
-        torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        torch.empty(key.shape, dtype=key.dtype, device=query.device),
-        torch.empty(value.shape, dtype=value.dtype, device=query.device),
-        [torch.zeros(problem.captured[i].shape, dtype=torch.float32, device=query.device) for i in wanted],
-    )
+    result = Backward(*(torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value)), [])
+    collection = Collection(problem, wanted, is_deterministic(options_of(options, forward=False)))
     lse = lse.contiguous()
     if query.numel():
         delta = torch.empty_like(lse)
         run(delta_call(problem, out, dout, dlse, delta), DELTA)
-        launch(dq_call(problem, dout, lse, delta, result, wanted, options))
+        launch(dq_call(problem, dout, lse, delta, result, collection, options))
     if key.numel():
         if not query.numel():
             result.dk.zero_(), result.dv.zero_()
         else:
-            launch(dkdv_call(problem, dout, lse, delta, result, options))
-    like = [problem.captured[i] for i in wanted]
-    return result._replace(dcaptured=[g.to(t.device, t.dtype) for g, t in zip(result.dcaptured, like, strict=True)])
+            launch(dkdv_call(problem, dout, lse, delta, result, collection, options))
+    return result._replace(dcaptured=collection.results())
 
 
 def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) -> Call:
@@ -120,26 +117,36 @@ def delta_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None,
 
 
 def dq_call(
-    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, wanted: Sequence[int],
+    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, collection: Collection,
     options: Mapping[str, Any],
 ) -> Call:  # fmt: skip
-    """The call of the kernel that fills `result.dq` and adds to `result.dcaptured`."""
-    made = _functions(problem, wanted)
+    """The call of the kernel that fills `result.dq` and what `collection` has for rows and tiles."""
+    made = _functions(problem, collection.methods)._replace(column_grads=None)
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout, "dq": result.dq}
-    arguments: dict[str, Any] = {"lse": lse, "delta": delta, "dcaptured": gradient_arguments(result.dcaptured)}
-    arguments |= made._asdict()
-    return _call(attention_backward_dq, "dq", problem, matrices, arguments, made, options)
+    arguments: dict[str, Any] = {"lse": lse, "delta": delta, "row_sums": collection.rows, "ROWS": len(collection.rows)}
+    arguments |= {name: f for name, f in made._asdict().items() if name != "column_grads"}
+    call = _call(attention_backward_dq, "dq", problem, matrices, arguments, made, options)
+
+    def parts(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+        shape = shaped["shape"]
+        sizes = (getattr(shape, name) for name in ("BLOCK_M", "BLOCK_N", "SPARSE_Q", "SPARSE_KV"))
+        tiling = Tiling(*(getattr(n, "value", n) for n in sizes), tiles=shaped["tiles"])
+        return collection.parts(tiling, programs, shape)
+
+    return call._replace(parts=parts)
 
 
 def dkdv_call(
-    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, options: Mapping[str, Any]
-) -> Call:
-    """The call of the kernel that fills `result.dk` and `result.dv`."""
-    made = _functions(problem)
+    problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, collection: Collection,
+    options: Mapping[str, Any],
+) -> Call:  # fmt: skip
+    """The call of the kernel that fills `result.dk`, `result.dv` and what `collection` has for columns."""
+    made = _functions(problem, collection.methods)._replace(row_grads=None, tile_grads=None)
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout}
     matrices |= {"dk": result.dk, "dv": result.dv}
     arguments: dict[str, Any] = {"lse": lse, "delta": delta}
-    arguments |= {name: f for name, f in made._asdict().items() if name != "captured_grads"}
+    arguments |= {"column_sums": collection.columns, "COLUMNS": len(collection.columns)}
+    arguments |= {name: f for name, f in made._asdict().items() if name not in ("row_grads", "tile_grads")}
     arguments["batches"] = problem.query.shape[0] // problem.key.shape[0]
     return _call(attention_backward_dkdv, "dkdv", problem, matrices, arguments, made, options)
 
@@ -210,9 +217,9 @@ def _call(
     )
 
 
-def _functions(problem: Problem, wanted: Sequence[int] = ()) -> Jitted:
+def _functions(problem: Problem, methods: Methods = ()) -> Jitted:
     wide = tuple(i for i, t in enumerate(problem.tensors) if max(_reach(t), t.numel()) > FARTHEST)
-    return _functions_of(problem.variant, tuple(wanted), wide)
+    return _functions_of(problem.variant, methods, wide)
 
 
 @lru_cache(maxsize=4096)
@@ -224,8 +231,8 @@ def _shape(**values: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _functions_of(variant: Variant, wanted: tuple[int, ...], wide: tuple[int, ...]) -> Jitted:
-    return jitted(functions(variant, wanted, wide))
+def _functions_of(variant: Variant, methods: Methods, wide: tuple[int, ...]) -> Jitted:
+    return jitted(functions(variant, methods, wide))
 
 
 def captured_arguments(
@@ -237,14 +244,6 @@ def captured_arguments(
         t = _with_elements(t.to(device))  # a 0-d tensor may be anywhere, as in torch
         flat += [t, *t.shape, *t.stride()]
     return (*flat, *map(float, floats), *ints)
-
-
-def gradient_arguments(buffers: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The flat tuple of the gradients of captured tensors: pointer and strides of each."""
-    flat: list[Any] = []
-    for t in map(_with_elements, buffers):
-        flat += [t, *t.stride()]
-    return tuple(flat)
 
 
 def _with_elements(t: Tensor) -> Tensor:

@@ -71,6 +71,20 @@ def main() -> None:
         False,
         half,
     )
+    table, pair, gate = torch.rand(4, 600), torch.rand(300, 300), torch.rand(2, 4, 300)
+    run(
+        "tiles",
+        lambda score, b, h, q_idx, kv_idx: (
+            score
+            + table[h, kv_idx - q_idx + 299]
+            + pair[q_idx, kv_idx]
+            + gate[b, h, kv_idx] * pair[documents[q_idx], kv_idx]
+        ),
+        None,
+        [0, 1, 2],
+        False,
+        half,
+    )
 
 
 if __name__ == "__main__":

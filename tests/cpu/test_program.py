@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flexattn import masks, mods
+from flexattn.codegen.access import usual_methods
 from flexattn.codegen.derivative import DERIVATIVES, ZERO_DERIVATIVE
 from flexattn.codegen.emit import functions
 from flexattn.codegen.errors import ProgramError
@@ -71,7 +72,8 @@ def test_the_program_of_a_named_variant_is_the_recorded_one(name: str) -> None:
 def test_the_generated_functions_of_a_named_variant_are_the_recorded_ones(name: str) -> None:
     compiled = variant(trace(*VARIANTS[name]).program)
     learned = [i for i, (dtype, _) in enumerate(compiled.captured) if dtype.is_float]
-    made = [f.source for f in functions(compiled, learned) if f is not None]
+    methods = usual_methods(compiled.derivative.loads, learned)
+    made = [f.source for f in functions(compiled, methods) if f is not None]
     assert_recorded("\n".join(made) or "# no functions\n", SNAPSHOTS / f"{name}.triton.txt")
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from assertions import assert_same
 from hypothesis import example, given, settings
-from kernels import apply_captured_grads, apply_gradient, apply_mask_mod, apply_score_mod
+from hypothesis import strategies as st
+from kernels import apply_gradient, apply_mask_mod, apply_score_mod, apply_sums, apply_tile_grads
 from strategies import FLOATING, Mod, environment, integers, mask_mods, score_mods
 from torch import Tensor
 
-from flexattn.backends.triton import captured_arguments, gradient_arguments
+from flexattn.backends.triton import captured_arguments
+from flexattn.codegen.access import Access, Method, Pattern, access, usual_methods
 from flexattn.codegen.emit import functions
 from flexattn.codegen.evaluate import EVALUATE, TORCH_DTYPE, Inputs, evaluate, wrap_index
 from flexattn.codegen.ir import DType, Kind, Node, Op, const, input_node, walk
@@ -77,41 +79,89 @@ def test_law_6_an_emitted_mask_mod_equals_evaluate(mask: Mod) -> None:
     assert torch.equal(out, want.expand(L, S)), program
 
 
-@settings(max_examples=40)
-@given(mod=score_mods())
-@example(Mod("score, b, h, q_idx, kv_idx", "score + row[h, (score > 0) + 0 * h]"))  # an index of every element's own
-def test_law_6_emitted_captured_gradients_equal_a_scatter_of_evaluate(mod: Mod) -> None:
+def possible(to: Access, tensors: list[Tensor]) -> list[Method]:
+    """Ways to collect the gradient of a load of one head."""
+    found: list[Method] = ["atomic", "workspace"]
+    if to.q is not None and to.kv is not None:
+        shape, ends = tensors[to.number].shape, ((L, to.q), (S, to.kv))
+        starts = [int(evaluate([axis.offset], Inputs({}))[0]) for _, axis in ends]
+        if all(0 <= i <= shape[axis.dim] - n for i, (n, axis) in zip(starts, ends, strict=True)):
+            found.append("store")
+    if "kv_idx" not in to.axes and "score" not in to.axes:
+        found.append("row")
+    if "q_idx" not in to.axes and "score" not in to.axes:
+        found.append("column")
+    return [*found, "diagonal"] if to.pattern is Pattern.DIAGONAL else found
+
+
+@settings(max_examples=60)
+@given(mod=score_mods(), data=st.data())
+@example(Mod("score, b, h, q_idx, kv_idx", "score + row[h, (score > 0) + 0 * h]"), None)  # an element's own index
+def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: st.DataObject | None) -> None:
     env = environment()
     program, captured, _ = trace(mod.bind(env), None)
     v = variant(program)
-    wanted = [i for i, t in enumerate(captured[: len(v.captured)]) if any(t is env[n] for n in FLOATING)]
-    made = jitted(functions(v, wanted))
-    if made.captured_grads is None:
-        return
+    tensors = captured[: len(v.captured)]
+    wanted = [i for i, t in enumerate(tensors) if any(t is env[n] for n in FLOATING)]
+    methods: list[Method | None] = list(usual_methods(v.derivative.loads, wanted))
+    for i, (read, _) in enumerate(v.derivative.loads):
+        if methods[i] is not None:
+            choices = possible(access(read), tensors)
+            methods[i] = choices[0] if data is None else data.draw(st.sampled_from(choices))
+    made = jitted(functions(v, tuple(methods)))
     score, grad, keep = torch.randn(L, S), torch.randn(L, S), torch.rand(L, S) > 0.3
-    inputs = inputs_of(v, captured, score=score, grad=grad)
-    expected = {i: torch.zeros(captured[i].shape, dtype=torch.float64) for i in wanted}
-    for read, root in v.derivative.loads:
-        assert isinstance(read.args[0].value, tuple)
-        number = read.args[0].value[0]
-        if number not in expected:  # computed of captured tensors before the trace
+    inputs, packed = inputs_of(v, captured, score=score, grad=grad), arguments_of(v, captured)
+    expected: dict[Method, list[Tensor]] = {}
+    found: dict[Method, list[Tensor]] = {}
+    flat: list[Any] = []
+    for (read, root), method in zip(v.derivative.loads, methods, strict=True):
+        if method is None:
             continue
         (value,) = evaluate([root], inputs)
-        value = torch.where(keep, value, 0.0).double()
-        index = [wrap_index(i, n) for i, n in zip(evaluate(read.args[1:], inputs), captured[number].shape, strict=True)]
-        places = tuple(i.expand(L, S) for i in index)
-        if places:
-            expected[number].index_put_(places, value, accumulate=True)
-        else:
-            expected[number] += value.sum()
-    for transposed in (False, True):
-        sums = [torch.zeros(captured[i].shape) for i in wanted]
-        apply_captured_grads[(1,)](
-            grad, score, keep, B, H, arguments_of(v, captured), gradient_arguments(sums), L, S, made.captured_grads,
-            TILE, TILE, transposed,
-        )  # fmt: skip
-        for i, found in zip(wanted, sums, strict=True):
-            torch.testing.assert_close(found.double(), expected[i], rtol=1e-4, atol=1e-4, equal_nan=True)
+        value = torch.where(keep, value, 0.0).double().expand(L, S)
+        expected.setdefault(method, []).append(collected(value, method, access(read), tensors, inputs))
+        buffer = torch.zeros(2 * TILE if method == "diagonal" else expected[method][-1].shape)
+        found.setdefault(method, []).append(buffer)
+        if method in ("store", "atomic"):
+            flat += [buffer, *buffer.stride()]
+        elif method in ("diagonal", "workspace"):
+            flat.append(buffer)
+    for role, method, transposed in ((made.row_grads, "row", False), (made.column_grads, "column", True)):
+        sums = tuple(found.get(method, ()))
+        assert (role is None) == (not sums)
+        if role is not None:
+            apply_sums[(1,)](
+                sums, grad, score, keep, B, H, packed, L, S, role, TILE, TILE, transposed, len(sums),
+            )  # fmt: skip
+    if made.tile_grads is not None:
+        apply_tile_grads[(1,)](grad, score, keep, B, H, packed, tuple(flat), L, S, made.tile_grads, TILE, TILE)
+    for method, wants in expected.items():
+        for got, want in zip(found[method], wants, strict=True):
+            if method == "diagonal":  # entries c stand for kv - q = c, and after them for c - TILE
+                got = diagonals_of(got)
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def collected(value: Tensor, method: Method, to: Access, tensors: list[Tensor], inputs: Inputs) -> Tensor:
+    """What a method makes of the gradients of a tile."""
+    if method == "row":
+        return value.sum(1)
+    if method == "column":
+        return value.sum(0)
+    if method == "workspace":
+        return value
+    if method == "diagonal":
+        return torch.stack([value.diagonal(d).sum() for d in range(-(L - 1), S)])
+    total = torch.zeros(tensors[to.number].shape, dtype=torch.float64)
+    index = [wrap_index(i, n) for i, n in zip(evaluate(to.indices, inputs), total.shape, strict=True)]
+    if index:
+        return total.index_put_(tuple(i.expand(L, S) for i in index), value, accumulate=True)
+    return value.sum()
+
+
+def diagonals_of(place: Tensor) -> Tensor:
+    """A place of `store_diagonals`, in the order of kv - q."""
+    return torch.cat([place[TILE:], place[:TILE]])[TILE - (L - 1) : TILE + S]
 
 
 # ---- every operation, on values that its formula might get wrong

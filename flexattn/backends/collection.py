@@ -1,0 +1,255 @@
+"""How the kernels of one backward collect the gradients of captured tensors: the method of each load, and its buffer.
+
+Only an INDIRECT load is collected by atomics, and not even that if the result shall be repeatable. Gradients of single
+elements that do not go straight to their entries are stored to a workspace; where one for the whole grid would be large,
+the grid is launched in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codegen.access import USUAL, Access, Method, Methods, Pattern
+from ..codegen.ir import Op
+from ..codegen.linear import collect
+from ..problem import Problem
+from ..templates.arguments import Part
+from ..templates.backward_diagonals import attention_diagonals
+from .captured_gradients import Block, CapturedGradients, block_of, inputs_of
+
+WORKSPACE = 256 << 20  # bytes of all workspaces together, unless one program needs more
+SORTED = 1 << 22  # elements that are sorted at once
+DIAGONALS = 256  # that a program of the second stage sums
+
+
+class Tiling(NamedTuple):
+    """What a configuration makes of a grid: sizes of tiles and blocks, and tiles of queries a head."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    SPARSE_Q: int
+    SPARSE_KV: int
+    tiles: int
+
+    def slots(self, S: int) -> int:
+        """Key tiles of a program."""
+        return -(-S // self.SPARSE_KV) * -(-self.SPARSE_KV // self.BLOCK_N)
+
+    def slot_size(self) -> int:
+        """Elements that `store_diagonals` writes for a tile."""
+        return (self.BLOCK_M + 2 * self.BLOCK_N - 2) // self.BLOCK_N * self.BLOCK_N
+
+    def start(self, t: int) -> int:
+        """The first query of tile `t`."""
+        of_block = -(-self.SPARSE_Q // self.BLOCK_M)
+        return t // of_block * self.SPARSE_Q + t % of_block * self.BLOCK_M
+
+
+class _Piece(NamedTuple):
+    """Programs `first` to `first + programs`, and the lines, of B * Hq * L, that they cover."""
+
+    first: int
+    programs: int
+    line: int
+    lines: int
+
+
+class Collection:
+    """The buffers that the gradients of `wanted` captured tensors are collected in.
+
+    The methods are chosen for the problem's sizes, unless they are given.
+
+    Attributes:
+        methods: how that of each of the derivative's loads is; None where it is not wanted, or zero.
+        rows, columns: sums over keys [B, Hq, L] and over queries [B, Hq, S], float32, one for each load with the method.
+    """
+
+    def __init__(
+        self, problem: Problem, wanted: Sequence[int], deterministic: bool = False, methods: Methods | None = None
+    ) -> None:
+        self.problem = problem
+        self.gradients = CapturedGradients(problem, wanted, torch.float32)
+        found = {c.access.load: c.access for c in self.gradients.contributions}
+        self.blocks = {load: block_of(problem, to) for load, to in found.items()}
+        loads = [load for load, _ in problem.variant.derivative.loads]
+        if methods is None:
+            chosen = {load: _method(problem, to, self.blocks[load], deterministic) for load, to in found.items()}
+            methods = tuple(chosen.get(load) for load in loads)
+        self.methods = methods
+        self._by_method = [(found[load], m) for load, m in zip(loads, self.methods, strict=True) if m is not None]
+        B, H, L, _ = problem.query.shape
+        self.rows = tuple(self._empty(B, H, L) for _ in self._with("row"))
+        self.columns = tuple(self._empty(B, H, problem.key.shape[2]) for _ in self._with("column"))
+        self._diagonals = [self._zeros(B, H, L + problem.key.shape[2] - 1) for _ in self._with("diagonal")]
+        self._direct = self._targets()
+
+    def parts(self, tiling: Tiling, programs: int, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Launches of the dQ kernel: programs, and arguments. What a launch has left is added up before the next."""
+        widths = [self._width(tiling, method) for _, method in self._by_method]
+        if not any(widths):
+            yield programs, {"dcaptured": self._flat([]), "part": None}
+            return
+        S = self.problem.key.shape[2]
+        pieces = self._pieces(tiling, programs, max(1, WORKSPACE // (4 * sum(widths))))
+        most = max(piece.programs for piece in pieces)
+        buffers = [self._empty(most * n) for n in widths if n]
+        for piece in pieces:
+            for buffer in buffers:
+                buffer.zero_()  # tiles that nobody visits
+            part = Part(piece.first, piece.line, tiling.slots(S))
+            yield piece.programs, {"dcaptured": self._flat(buffers), "part": part}
+            self._reduce(buffers, piece, part, tiling, shape)
+
+    def results(self) -> list[Tensor]:
+        """The gradients, once all kernels have run."""
+        put: dict[Method, Callable[[Access, Tensor], None]] = {
+            "row": self.gradients.add_rows,
+            "column": self.gradients.add_columns,
+            "diagonal": self.gradients.add_diagonals,
+            "store": self._add_stored,
+        }
+        own = {"row": iter(self.rows), "column": iter(self.columns), "diagonal": iter(self._diagonals)}
+        own["store"] = iter([t for t, m in zip(self._direct, self._tile_methods(), strict=True) if m == "store"])
+        for to, method in self._by_method:
+            if method in put:
+                put[method](to, next(own[method]))
+        return self.gradients.results()
+
+    def _with(self, method: Method) -> list[Access]:
+        return [to for to, m in self._by_method if m == method]
+
+    def _tile_methods(self) -> list[Method]:
+        return [m for _, m in self._by_method if m not in ("row", "column")]
+
+    def _targets(self) -> list[Tensor | None]:
+        """Where each load that tiles handle goes; None: a workspace."""
+        found: list[Tensor | None] = []
+        for to, method in self._by_method:
+            if method == "atomic":
+                found.append(self.gradients.sums[to.number])
+            elif method == "store":
+                found.append(torch.zeros_like(self.gradients.sums[to.number]))
+            elif method in ("diagonal", "workspace"):
+                found.append(None)
+        return found
+
+    def _add_stored(self, to: Access, stored: Tensor) -> None:
+        self.gradients.sums[to.number] += stored
+
+    def _flat(self, buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The tuple that `tile_grads` unpacks, see `codegen.emit`."""
+        flat: list[Any] = []
+        rest = iter(buffers)
+        for target in self._direct:
+            if target is None:
+                flat.append(next(rest))
+            else:
+                target = target if target.numel() else target.new_zeros((1,) * target.dim())
+                flat += [target, *target.stride()]
+        return tuple(flat)
+
+    def _width(self, tiling: Tiling, method: Method) -> int:
+        """Elements of a program in the workspace of a load."""
+        S = self.problem.key.shape[2]
+        return {"workspace": tiling.BLOCK_M * S, "diagonal": tiling.slots(S) * tiling.slot_size()}.get(method, 0)
+
+    def _pieces(self, tiling: Tiling, programs: int, most: int) -> list[_Piece]:
+        """The grid in parts of at most `most` programs: whole heads, or parts of one."""
+        L, tiles = self.problem.query.shape[2], tiling.tiles
+        step = most // tiles * tiles or max(1, most // 16 * 16 or most)
+        pieces = []
+        first = 0
+        while first < programs:
+            stop = min(first + step, programs if step >= tiles else (first // tiles + 1) * tiles)
+            begin, end = (p // tiles * L + tiling.start(p % tiles) for p in (first, stop))
+            pieces.append(_Piece(first, stop - first, begin, end - begin))
+            first = stop
+        return pieces
+
+    def _reduce(self, buffers: Sequence[Tensor], piece: _Piece, part: Part, tiling: Tiling, shape: Any) -> None:
+        """Add up what a launch has left in its workspaces."""
+        rest, diagonals = iter(buffers), iter(self._diagonals)
+        for to, method in self._by_method:
+            if method == "diagonal":
+                self._sum_diagonals(next(rest), next(diagonals), piece, part, tiling, shape)
+            elif method == "workspace":
+                S = self.problem.key.shape[2]
+                values = next(rest)[: piece.lines * S].view(piece.lines, S)
+                block = self.blocks[to.load]
+                if block is None:
+                    self._add_lines(to, values, piece)
+                else:
+                    self._add_heads(to, block, values, piece)
+
+    def _sum_diagonals(
+        self, workspace: Tensor, sums: Tensor, piece: _Piece, part: Part, tiling: Tiling, shape: Any
+    ) -> None:
+        L, S = self.problem.query.shape[2], self.problem.key.shape[2]
+        blocks = -(-(L + S - 1) // DIAGONALS)
+        first, last = piece.first // tiling.tiles, (piece.first + piece.programs - 1) // tiling.tiles
+        attention_diagonals[(blocks * (last - first + 1),)](
+            workspace, sums, part, piece.programs, L, S, tiling.tiles, first, blocks, shape, SIZE=DIAGONALS, num_warps=4
+        )
+
+    def _add_heads(self, to: Access, block: Block, values: Tensor, piece: _Piece) -> None:
+        """Add lines that are whole heads, or a part of one."""
+        L, S = self.problem.query.shape[2], self.problem.key.shape[2]
+        start, lines = piece.line % L, min(piece.lines, L)
+        heads = torch.arange(piece.line // L, piece.line // L + piece.lines // lines, device=values.device)
+        inputs = inputs_of(self.problem, self._heads(heads.view(-1, 1, 1)))
+        self.gradients.add_dense(to, block, values.view(-1, lines, S), inputs, (start, 0))
+
+    def _add_lines(self, to: Access, values: Tensor, piece: _Piece) -> None:
+        """Add lines, element by element, each to the entry that it has read."""
+        L, S = self.problem.query.shape[2], self.problem.key.shape[2]
+        keys = torch.arange(S, dtype=torch.int32, device=values.device)
+        step = max(1, SORTED // S)
+        for start in range(0, piece.lines, step):
+            some = values[start : start + step]
+            line = torch.arange(piece.line + start, piece.line + start + len(some), device=values.device).view(-1, 1)
+            named = self._heads(line // L) | {"q_idx": (line % L).int(), "kv_idx": keys}
+            self.gradients.add(to, some, inputs_of(self.problem, named))
+
+    def _heads(self, head: Tensor) -> dict[str, Tensor]:
+        H = self.problem.query.shape[1]
+        return {"b": (head // H).int(), "h": (head % H).int()}
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.problem.query.device)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.problem.query.device)
+
+
+def is_deterministic(options: Mapping[str, Any]) -> bool:
+    """Whether gradients shall be the same bits in every run, by checked options of the backward or by torch's setting."""
+    return bool(options.get("DETERMINISTIC")) or torch.are_deterministic_algorithms_enabled()
+
+
+def _method(problem: Problem, to: Access, block: Block | None, deterministic: bool) -> Method:
+    if to.pattern is Pattern.DENSE and block is not None:
+        return USUAL[to.pattern] if _is_exclusive(problem, to) else "workspace"
+    if to.pattern in (Pattern.DENSE, Pattern.INDIRECT):
+        return "workspace" if deterministic else USUAL[Pattern.INDIRECT]
+    return USUAL[to.pattern]
+
+
+def _is_exclusive(problem: Problem, to: Access) -> bool:
+    """Whether no two batch entries or heads read one entry of a DENSE tensor."""
+    B, H = problem.query.shape[:2]
+    shape = problem.captured[to.number].shape
+    own = {name: n for name, n in zip(map(_only_input, to.indices), shape, strict=True) if name is not None}
+    return all(n == 1 or own.get(name, 0) >= n for name, n in (("b", B), ("h", H)))
+
+
+@lru_cache(maxsize=1024)
+def _only_input(index: Any) -> str | None:
+    """The name of the input that an index is, if it is nothing else."""
+    terms, constant = collect(index)
+    alone = [n for n, times in terms.items() if n.op is Op.INPUT and times == 1]
+    return str(alone[0].value) if len(terms) == len(alone) == 1 and constant == 0 else None

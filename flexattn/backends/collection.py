@@ -86,7 +86,7 @@ class Collection:
         self.rows = tuple(self._empty(B, H, L) for _ in self._with("row"))
         self.columns = tuple(self._empty(B, H, problem.key.shape[2]) for _ in self._with("column"))
         self._diagonals = [self._zeros(B, H, L + problem.key.shape[2] - 1) for _ in self._with("diagonal")]
-        self._direct = self._targets()
+        self._stored = [torch.zeros_like(self.gradients.sums[to.number]) for to in self._with("store")]
 
     def parts(self, tiling: Tiling, programs: int, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         """Launches of the dQ kernel: programs, and arguments. What a launch has left is added up before the next."""
@@ -114,7 +114,7 @@ class Collection:
             "store": self._add_stored,
         }
         own = {"row": iter(self.rows), "column": iter(self.columns), "diagonal": iter(self._diagonals)}
-        own["store"] = iter([t for t, m in zip(self._direct, self._tile_methods(), strict=True) if m == "store"])
+        own["store"] = iter(self._stored)
         for to, method in self._by_method:
             if method in put:
                 put[method](to, next(own[method]))
@@ -123,33 +123,20 @@ class Collection:
     def _with(self, method: Method) -> list[Access]:
         return [to for to, m in self._by_method if m == method]
 
-    def _tile_methods(self) -> list[Method]:
-        return [m for _, m in self._by_method if m not in ("row", "column")]
-
-    def _targets(self) -> list[Tensor | None]:
-        """Where each load that tiles handle goes; None: a workspace."""
-        found: list[Tensor | None] = []
-        for to, method in self._by_method:
-            if method == "atomic":
-                found.append(self.gradients.sums[to.number])
-            elif method == "store":
-                found.append(torch.zeros_like(self.gradients.sums[to.number]))
-            elif method in ("diagonal", "workspace"):
-                found.append(None)
-        return found
-
     def _add_stored(self, to: Access, stored: Tensor) -> None:
         self.gradients.sums[to.number] += stored
 
     def _flat(self, buffers: Sequence[Tensor]) -> tuple[Any, ...]:
         """The tuple that `tile_grads` unpacks, see `codegen.emit`."""
         flat: list[Any] = []
-        rest = iter(buffers)
-        for target in self._direct:
-            if target is None:
+        rest, stored = iter(buffers), iter(self._stored)
+        for to, method in self._by_method:
+            if method in ("diagonal", "workspace"):
                 flat.append(next(rest))
-            else:
-                target = target if target.numel() else target.new_zeros((1,) * target.dim())
+            elif method in ("store", "atomic"):
+                target = next(stored) if method == "store" else self.gradients.sums[to.number]
+                if not target.numel():
+                    target = target.new_zeros((1,) * target.dim())
                 flat += [target, *target.stride()]
         return tuple(flat)
 

@@ -77,7 +77,8 @@ def backward(
 ) -> Backward:
     """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
     query, key, value = problem.query, problem.key, problem.value
-    result = Backward(*(torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value)), [])
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value))
+    result = Backward(dq, dk, dv, [])
     collection = Collection(problem, wanted, is_deterministic(options_of(options, forward=False)))
     lse = lse.contiguous()
     if query.numel():
@@ -129,8 +130,8 @@ def dq_call(
 
     def parts(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
         shape = shaped["shape"]
-        sizes = (getattr(shape, name) for name in ("BLOCK_M", "BLOCK_N", "SPARSE_Q", "SPARSE_KV"))
-        tiling = Tiling(*(getattr(n, "value", n) for n in sizes), tiles=shaped["tiles"])
+        sizes = {name: getattr(shape, name) for name in ("BLOCK_M", "BLOCK_N", "SPARSE_Q", "SPARSE_KV")}
+        tiling = Tiling(**{name: getattr(n, "value", n) for name, n in sizes.items()}, tiles=shaped["tiles"])
         return collection.parts(tiling, programs, shape)
 
     return call._replace(parts=parts)

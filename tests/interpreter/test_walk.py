@@ -13,6 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
+from flexattn.backends.collection import Collection
 from flexattn.backends.launch import launch
 from flexattn.backends.triton import Backward, Forward, dkdv_call, dq_call, forward_call
 from flexattn.block_lists import dense
@@ -102,10 +103,11 @@ def visits(
     options = dict(zip(names, sizes, strict=True))
     row = torch.zeros(B, H, L)
     gradients = Backward(torch.empty_like(q), torch.empty_like(k), torch.empty_like(k), [])
+    nothing = Collection(problem, [])
     call = {
         "forward": lambda: forward_call(problem, Forward(torch.empty_like(q), row, row.clone()), options),
-        "dq": lambda: dq_call(problem, q, row, row, gradients, [], options),
-        "dkdv": lambda: dkdv_call(problem, q, row, row, gradients, options),
+        "dq": lambda: dq_call(problem, q, row, row, gradients, nothing, options),
+        "dkdv": lambda: dkdv_call(problem, q, row, row, gradients, nothing, options),
     }[which]()
     counts = torch.zeros(B, H, L, S, dtype=torch.int32)
     counting = {"score_mod": count_visits, "captured": (counts, L, S, H)}

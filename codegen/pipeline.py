@@ -70,7 +70,7 @@ def _without_scale(score: Node) -> tuple[Node, int | None]:
         return score, None
     raw, factor = users[0].args if users[0].lhs.op is Op.INPUT else reversed(users[0].args)
     number = factor.args[0] if factor.op is Op.CAST else factor
-    if number.op is not Op.FLOAT or factor.dtype is not raw.dtype:
+    if number.op is not Op.FLOAT or not number.dtype is factor.dtype is raw.dtype:
         return score, None
     (score,) = simplify(spec.substitute([score], {users[0]: raw}))
     assert isinstance(number.value, int)

@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
 
 def survey(
     variant: Variant,
-    captured: Sequence[Tensor],
+    captured: Sequence[Any],
     ints: Sequence[int],
     dtype: torch.dtype,
     head_dim: int,
@@ -60,9 +60,12 @@ def survey(
 
 
 def calls(
-    variant: Variant, captured: Sequence[Tensor], ints: Sequence[int], dtype: torch.dtype, head_dim: int, device: str
+    variant: Variant, captured: Sequence[Any], ints: Sequence[int], dtype: torch.dtype, head_dim: int, device: str
 ) -> list[Call]:
-    """The calls of an attention of ordinary size, with block lists if there is a mask."""
+    """The calls of an attention of ordinary size, with block lists if there is a mask.
+
+    `captured`: as in `Problem`, run-time floats included.
+    """
     q, k, v = (torch.empty(1, HEADS, LENGTH, head_dim, dtype=dtype, device=device) for _ in range(3))
     row = torch.empty(1, HEADS, LENGTH, device=device)
     blocks = LENGTH // 128
@@ -70,10 +73,11 @@ def calls(
     if variant.mask is not None:
         count, index = torch.zeros(1, 1, blocks, dtype=torch.int32, device=device), torch.zeros(1, 1, blocks, blocks)
         lists = [count, index.to(count)] * 2
-    captured = [t.detach().to(device).requires_grad_(t.requires_grad) for t in captured]
-    wanted = [i for i, t in enumerate(captured) if t.requires_grad]
-    problem = Problem(q, k, v, captured, lists, ints, (128, 128), variant, head_dim**-0.5)
-    sums = [torch.empty(captured[i].shape, device=device) for i in wanted]
+    n = len(variant.captured)
+    tensors: list[Tensor] = [t.detach().to(device).requires_grad_(t.requires_grad) for t in captured[:n]]
+    wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
+    problem = Problem(q, k, v, [*tensors, *captured[n:]], lists, ints, (128, 128), variant, head_dim**-0.5)
+    sums = [torch.empty(tensors[i].shape, device=device) for i in wanted]
     gradients = Backward(q, k, v, sums)
     return [
         forward_call(problem, Forward(q, row, row), {}),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import linecache
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from assertions import assert_same
 from hypothesis import example, given, settings
 from kernels import apply_captured_grads, apply_gradient, apply_mask_mod, apply_score_mod
-from strategies import FLOATING, Mod, environment, integers, mask_mods, score_mods
+from strategies import FLOATING, Mod, default_dtype, environment, inexact, integers, mask_mods, score_mods
 from torch import Tensor
 
 from flexattn.backends.triton import captured_arguments, gradient_arguments
@@ -60,6 +61,25 @@ def test_law_6_an_emitted_score_mod_and_its_derivative_equal_evaluate(mod: Mod) 
         root = v.derivative.score
         want = torch.zeros(()) if root is None else evaluate([root], inputs_of(v, captured, score=score, grad=grad))[0]
         assert_same(out, want.expand(L, S), program, ulps=64)
+
+
+@settings(max_examples=30)
+@given(mod=score_mods().map(inexact), default=st.sampled_from((torch.float64, torch.bfloat16, torch.float16)))
+def test_law_6_under_every_default_dtype(mod: Mod, default: torch.dtype) -> None:
+    f = mod.bind(environment())
+    score, out = torch.randn(L, S), torch.full((L, S), float("nan"))
+    with default_dtype(default):
+        program, captured, _ = trace(f, None)
+    v = variant(program)
+    made = jitted(functions(v))
+    if made.score_mod is not None:
+        apply_score_mod[(1,)](out, score, B, H, arguments_of(v, captured), L, S, made.score_mod, TILE, TILE)
+        (want,) = evaluate([v.unscaled], inputs_of(v, captured, score=score))
+        assert_same(out, want.expand(L, S), program, ulps=32)
+        if v.scale is None:
+            index = [t.view(1, 1) if t.dim() == 0 else t for t in named_inputs().values()]
+            expected = torch.as_tensor(f(score, *index), dtype=torch.float32)  # numbers are rounded to no default dtype
+            assert_same(out, expected.expand(L, S), program, ulps=64)
 
 
 @settings(max_examples=60)

@@ -8,7 +8,8 @@
 
 Indices and scores are tensors that broadcast against the score's tile; Q_AXIS is the axis of the tile along which q_idx
 runs. `captured` is a flat tuple: pointer, sizes and strides of c0, the same of c1, ..., the run-time floats, the
-run-time ints. `dcaptured` holds pointer and strides of each wanted gradient. The text is the same for the same graph.
+run-time ints. A kernel takes a Python float as float32, so a run-time float64 comes as the integer of its bits.
+`dcaptured` holds pointer and strides of each wanted gradient. The text is the same for the same graph.
 """
 
 from __future__ import annotations
@@ -171,7 +172,10 @@ class _Printer:
         """The name of a run-time float or int, unpacked as a tensor: Triton takes an int that is 1 for a constant."""
         assert isinstance(node.value, int)
         letter, first = ("f", self.first_float) if node.op is Op.FLOAT else ("i", self.first_int)
-        value = f"{self.tl}.full((), captured[{first + node.value}], {self.tl}.{TRITON_DTYPE[node.dtype]})"
+        tl, dtype = self.tl, TRITON_DTYPE[node.dtype]
+        bits = node.op is Op.FLOAT and node.dtype is DType.FLOAT64
+        value = f"{tl}.full((), captured[{first + node.value}], {tl}.{'int64' if bits else dtype})"
+        value += f".to({tl}.{dtype}, bitcast=True)" if bits else ""
         self.header.setdefault(f"{letter}{node.value}", value)
         return f"{letter}{node.value}"
 

@@ -41,6 +41,12 @@ class Variant:
         return self.unscaled.op is not Op.INPUT
 
     @cached_property
+    def doubles(self) -> frozenset[object]:
+        """The numbers of the run-time floats that are read as float64."""
+        roots = (self.score,) if self.mask is None else (self.score, self.mask)
+        return frozenset(n.value for n in walk(*roots) if n.op is Op.FLOAT and n.dtype is DType.FLOAT64)
+
+    @cached_property
     def derivative(self) -> Derivative:
         """The gradients of `unscaled`."""
         result = derivative(self.unscaled)

@@ -48,7 +48,10 @@ def test_every_operation_compiles_on_every_dtype(target: str, tmp_path: Path) ->
 REPORT = """
 import torch, flexattn
 slopes, cap = torch.ones(8, requires_grad=True), 30.0
-capped = lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap) + slopes[h] * (kv_idx - q_idx)
+double = torch.ones(8, dtype=torch.float64)
+capped = lambda score, b, h, q_idx, kv_idx: torch.where(
+    double[h] < 0.7, score, cap * torch.tanh(score / cap) + slopes[h] * (kv_idx - q_idx)
+)
 report = flexattn.explain(capped, flexattn.masks.causal_mask, dtype=torch.bfloat16, head_dim=128, target="sm_90", quiet=True)
 print(report.kernels)
 """

@@ -35,7 +35,7 @@ def named_inputs(**more: Tensor) -> dict[str, Tensor]:
 
 def arguments_of(v: Variant, captured: list[Tensor]) -> tuple[Any, ...]:
     n = len(v.captured)
-    return captured_arguments(captured[:n], captured[n:], [], torch.device("cpu"))
+    return captured_arguments(v, captured[:n], captured[n:], [], torch.device("cpu"))
 
 
 def inputs_of(v: Variant, captured: list[Tensor], **more: Tensor) -> Inputs:
@@ -132,6 +132,20 @@ def test_law_6_emitted_captured_gradients_equal_a_scatter_of_evaluate(mod: Mod) 
         )  # fmt: skip
         for i, found in zip(wanted, sums, strict=True):
             torch.testing.assert_close(found.double(), expected[i], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("number", [0.7, 0.0, -0.0, 5e-324, -1.7e308, 1e-300])
+def test_a_number_beside_float64_keeps_all_its_bits(number: float) -> None:
+    """Triton takes a Python float as float32."""
+    values = torch.full((S,), number, dtype=torch.float64)
+    values[::2] = torch.nextafter(values[::2], torch.tensor(torch.inf, dtype=torch.float64))
+    program, captured, _ = trace(None, lambda b, h, q, k: values[k] <= number)
+    v = variant(program)
+    packed = arguments_of(v, captured)
+    assert isinstance(packed[-1], int)
+    out = torch.zeros(L, S, dtype=torch.bool)
+    apply_mask_mod[(1,)](out, B, H, packed, L, S, jitted(functions(v)).mask_mod, TILE, TILE)
+    assert torch.equal(out, (torch.arange(S) % 2 == 1).expand(L, S))
 
 
 # ---- every operation, on values that its formula might get wrong

@@ -9,9 +9,11 @@
                                                                          puts gradients of captured tensors where they belong
 
 Indices and scores are tensors that broadcast against the score's tile. `captured` is a flat tuple: pointer, sizes and
-strides of c0, the same of c1, ..., the run-time floats, the run-time ints. `sums` holds a float32 vector for each load that
-is summed. `dcaptured` holds what `tile_positions` says; element (q, kv) of a workspace stands at (line + q) * columns + kv,
-and the diagonals of the tile at a multiple of `tile`. The text is the same for the same graph.
+strides of c0, the same of c1, ..., the run-time floats, the run-time ints. A kernel takes a Python float as float32, so a
+run-time float64 comes as the integer of its bits. `sums` holds a float32 vector for each load that is summed. `dcaptured` is
+flat, too: the buffer of each load that goes by tile, and its strides where it has the tensor's shape. Element (q, kv) of a
+workspace stands at (line + q) * columns + kv, and the diagonals of the tile are at number `tile`. The text is the same for
+the same graph.
 """
 
 from __future__ import annotations
@@ -101,12 +103,6 @@ def functions(
         collector("column_grads", "column"),
         collector("tile_grads", *_BY_TILE),
     )
-
-
-def tile_positions(variant: Variant, methods: Methods) -> list[int]:
-    """How many entries of the flat tuple `dcaptured` each load that `tile_grads` handles has: its buffer, and strides."""
-    pairs = zip(variant.derivative.loads, methods, strict=False)
-    return [_entries(load, method) for (load, _), method in pairs if method in _BY_TILE]
 
 
 def _entries(load: Node, method: Method | None) -> int:
@@ -208,7 +204,10 @@ class _Printer:
         """The name of a run-time float or int, unpacked as a tensor: Triton takes an int that is 1 for a constant."""
         assert isinstance(node.value, int)
         letter, first = ("f", self.first_float) if node.op is Op.FLOAT else ("i", self.first_int)
-        value = f"{self.tl}.full((), captured[{first + node.value}], {self.tl}.{TRITON_DTYPE[node.dtype]})"
+        tl, dtype = self.tl, TRITON_DTYPE[node.dtype]
+        bits = node.op is Op.FLOAT and node.dtype is DType.FLOAT64
+        value = f"{tl}.full((), captured[{first + node.value}], {tl}.{'int64' if bits else dtype})"
+        value += f".to({tl}.{dtype}, bitcast=True)" if bits else ""
         self.header.setdefault(f"{letter}{node.value}", value)
         return f"{letter}{node.value}"
 

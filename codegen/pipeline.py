@@ -41,6 +41,12 @@ class Variant:
         return self.unscaled.op is not Op.INPUT
 
     @cached_property
+    def doubles(self) -> frozenset[object]:
+        """The numbers of the run-time floats that are read as float64."""
+        roots = (self.score,) if self.mask is None else (self.score, self.mask)
+        return frozenset(n.value for n in walk(*roots) if n.op is Op.FLOAT and n.dtype is DType.FLOAT64)
+
+    @cached_property
     def derivative(self) -> Derivative:
         """The gradients of `unscaled`."""
         result = derivative(self.unscaled)
@@ -70,7 +76,7 @@ def _without_scale(score: Node) -> tuple[Node, int | None]:
         return score, None
     raw, factor = users[0].args if users[0].lhs.op is Op.INPUT else reversed(users[0].args)
     number = factor.args[0] if factor.op is Op.CAST else factor
-    if number.op is not Op.FLOAT or factor.dtype is not raw.dtype:
+    if number.op is not Op.FLOAT or not number.dtype is factor.dtype is raw.dtype:
         return score, None
     (score,) = simplify(spec.substitute([score], {users[0]: raw}))
     assert isinstance(number.value, int)

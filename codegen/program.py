@@ -52,7 +52,8 @@ def print_program(score: Node, mask: Node | None, score_dtype: DType) -> Printed
     roots = (score,) if mask is None else (score, mask)
     nodes = list(walk(*roots))
     captured = {n.value[0]: n for n in nodes if n.op is Op.CAPTURED and isinstance(n.value, tuple)}
-    floats = {int(n.value): n for n in nodes if n.op is Op.FLOAT and isinstance(n.value, int)}
+    # One line for each dtype that a number is read as.
+    floats = {(int(n.value), n.dtype.value): n for n in nodes if n.op is Op.FLOAT and isinstance(n.value, int)}
     ints = {int(n.value): n for n in nodes if n.op is Op.INT and isinstance(n.value, int)}
     lines = [_HEAD, f"score {score_dtype.value}"]
     names: dict[Node, str] = {}
@@ -61,9 +62,9 @@ def print_program(score: Node, mask: Node | None, score_dtype: DType) -> Printed
         assert isinstance(node.value, tuple)
         names[node] = f"c{new}"
         lines.append(f"captured c{new} {node.dtype.value} {node.value[1]}")
-    for new, old in enumerate(sorted(floats)):
-        names[floats[old]] = f"f{new}"
-        lines.append(f"float f{new} {floats[old].dtype.value}")
+    for new, read in enumerate(sorted(floats)):
+        names[floats[read]] = f"f{new}"
+        lines.append(f"float f{new} {floats[read].dtype.value}")
     for new, old in enumerate(sorted(ints)):
         names[ints[old]] = f"i{new}"
         lines.append(f"int i{new}")
@@ -85,7 +86,7 @@ def print_program(score: Node, mask: Node | None, score_dtype: DType) -> Printed
     lines.append(f"return score {names[score]}")
     if mask is not None:
         lines.append(f"return mask {names[mask]}")
-    return Printed("\n".join(lines), tuple(sorted(captured)), tuple(sorted(floats)), tuple(sorted(ints)))
+    return Printed("\n".join(lines), tuple(sorted(captured)), tuple(n for n, _ in sorted(floats)), tuple(sorted(ints)))
 
 
 _LINE = re.compile(r"(t\d+) = (\w+)\((.*)\)")

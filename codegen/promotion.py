@@ -88,7 +88,10 @@ def _combine(stronger: DType, weaker: DType) -> DType:
 
 
 def cast(node: Node, dtype: DType) -> Node:
-    """`node` as `dtype`. A literal is converted on the spot."""
+    """`node` as `dtype`. A literal is converted on the spot; a run-time Python float is read as that type at once, for it
+    was never rounded to the default one."""
+    if node.op is Op.FLOAT:
+        node = Node(Op.FLOAT, (), dtype if dtype.is_float else DType.FLOAT64, Kind.WEAK, node.value)
     if node.dtype is dtype and node.kind is not Kind.WEAK:
         return node
     if node.is_const and isinstance(node.value, (bool, int, float)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .diagnose import locate
 from .errors import TraceError
 from .evaluate import IR_DTYPE
-from .ir import INDEX_INPUTS, DType, Kind, Node, input_node
+from .ir import INDEX_INPUTS, DType, Node, input_node
 from .program import print_program
 from .promotion import cast, default_float
 from .recorder import Placeholder, Recorder, Value
@@ -80,7 +80,7 @@ def record(
         if score_mod is not None:
             score = cast(_run("score_mod", score_mod, recorder, score), score_type)
         if mask_mod is not None:
-            mask = _run("mask_mod", mask_mod, recorder, None)
+            mask = cast(_run("mask_mod", mask_mod, recorder, None), DType.BOOL)
     printed = print_program(score, mask, score_type)
     tensors = [recorder.captured[i] for i in printed.captured]
     floats, ints = [recorder.floats[i] for i in printed.floats], [recorder.ints[i] for i in printed.ints]
@@ -128,7 +128,7 @@ def _result(role: str, result: Any, recorder: Recorder) -> Node:
             "A mask is boolean: True where the query attends to the key.",
             "a comparison, e.g. value != 0",
         )
-    return cast(node, node.dtype) if node.kind is Kind.WEAK else node
+    return node
 
 
 def positional_count(mod: Callable[..., Any]) -> int | None:

@@ -19,6 +19,7 @@ from .codegen.formula import formula, gradients, inline
 from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
 from .codegen.trace_cache import why_uncached
+from .explain_gradients import gradient_lines
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Explanation:
         blocks: how a block mask of the mask is built: the mask simplified, and where the keys of a query lie if they are
             one range.
         derivative: the gradients of the score and of captured tensors; `grad` is that of the modified score.
+        gradients: a line for each place where a floating captured tensor is read: which elements share an entry, and how
+            their contributions are added up.
         functions: the Triton functions that are generated, as text; compiled into the kernels of `flexattn.templates`.
         kernels: the kernels for the target, and where they could be compiled their configuration, registers, spills and
             shared memory.
@@ -44,6 +47,7 @@ class Explanation:
     formula: str
     blocks: str
     derivative: str
+    gradients: str
     functions: str
     kernels: str
     backend: str
@@ -56,6 +60,7 @@ class Explanation:
             "formula": self.formula,
             "blocks": self.blocks,
             "derivative": self.derivative,
+            "gradients": self.gradients,
             "functions": self.functions,
             "kernels": self.kernels,
             "backend": self.backend,
@@ -121,6 +126,7 @@ def explain(
         formula(roots, names),
         _blocks(parsed, names),
         _derivative(derivative(parsed.score), names),
+        gradient_lines(parsed, captured[:n], names),
         _functions(parsed, captured[:n]),
         _kernels(parsed, captured, ints, dtype, head_dim, target),
         _backend(parsed),

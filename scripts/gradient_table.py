@@ -3,7 +3,7 @@
 python scripts/gradient_table.py [--json] [--head-dim D] [target]        default: sm_90
 
 One row for each pattern of `flexattn.codegen.access` and kernel: how the gradient is collected, and the instructions of the
-inner loops, those with a matrix product: atomics, global stores, shuffles, accesses of shared memory, exponentials, all of them.
+inner loops, those with a matrix product: atomics, stores, shuffles, shared memory, exponentials, all of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from flexattn import masks
+from flexattn.backends.launch import choose
 from flexattn.backends.resources import instructions
-from flexattn.backends.survey import survey
-from flexattn.backends.target import named
+from flexattn.backends.survey import calls
+from flexattn.backends.target import compiling_for, named
 from flexattn.codegen.access import usual_methods
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
@@ -93,13 +94,16 @@ def rows(target: str, head_dim: int) -> list[dict[str, Any]]:
         parsed = variant(program)
         wanted = [i for i, t in enumerate(captured[: len(parsed.captured)]) if t.requires_grad]
         methods = sorted({m for m in usual_methods(parsed.derivative.loads, wanted) if m})
-        for made in survey(parsed, captured, ints, torch.bfloat16, head_dim, named(target))[1:]:
-            counts: Counter[str] = Counter()
-            for body in inner_loops(instructions(made.kernel)):
-                counts += Counter({k: sum(bool(re.fullmatch(p, op)) for op in body) for k, p in COUNTED.items()})
-            record = {"target": target, "D": head_dim, "variant": name, "collected": "+".join(methods)}
-            record |= {"kernel": made.template.removeprefix("attention_"), **made.resources._asdict()}
-            records.append(record | {kind: counts[kind] for kind in COUNTED})
+        with compiling_for(named(target)):
+            _, *backward = calls(parsed, captured, ints, torch.bfloat16, head_dim, "cpu")
+            for call in backward:
+                chosen = choose(call, named(target))
+                counts: Counter[str] = Counter()
+                for body in inner_loops(instructions(chosen.kernel)):
+                    counts += Counter({k: sum(bool(re.fullmatch(p, op)) for op in body) for k, p in COUNTED.items()})
+                record = {"target": target, "D": head_dim, "variant": name, "collected": "+".join(methods)}
+                record |= {"kernel": call.kernel.fn.__name__.removeprefix("attention_"), **chosen.resources._asdict()}
+                records.append(record | {kind: counts[kind] for kind in COUNTED})
     return records
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,28 @@ class Mod:
 
     def __repr__(self) -> str:
         return f"lambda {self.arguments}: {self.body}"
+
+
+_INEXACT = {"0.25": "0.3", "0.5 ": "0.7 ", "5.0": "5.1", "2.5": "2.6"}
+
+
+def inexact(mod: Mod) -> Mod:
+    """A mod of the grammar with other numbers, which no float type holds exactly."""
+    body = mod.body
+    for number, other in _INEXACT.items():
+        body = body.replace(number, other)
+    return Mod(mod.arguments, body)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype, for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @st.composite

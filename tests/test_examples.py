@@ -48,6 +48,25 @@ def test_the_gpu_benchmark_measures_records_and_writes_its_table(tmp_path: Path)
     assert "| causal |" in out.with_suffix(".md").read_text()
 
 
+def test_the_benchmark_of_captured_gradients_checks_measures_and_writes_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "captured.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_captured_grads.py"), "--quick", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for cases in (["slopes"], ["slopes", "t5", "relative", "gates", "pair", "groups"]):  # the second run goes on
+        run = subprocess.run(
+            [*command, "--cases", *cases], capture_output=True, text=True, env=environment, timeout=240
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+    assert "slopes B1" not in run.stderr
+    records = json.loads(out.read_text())["records"]
+    assert not [r for r in records if "error" in r]
+    impls = {"slopes": 4, "t5": 5, "relative": 5, "gates": 4, "pair": 4, "groups": 5}
+    assert {case: sum(r["case"] == case for r in records) for case in impls} == {c: 3 * n for c, n in impls.items()}
+    assert all(r["ms"] > 0 for r in records)
+    assert all(r["max_error"] < 1e-3 for r in records if r["impl"] != "floor")
+    assert "| gates |" in out.with_suffix(".md").read_text()
+
+
 def test_the_block_mask_benchmark_measures_both_libraries_and_writes_its_table(tmp_path: Path) -> None:
     out = tmp_path / "masks"
     run = subprocess.run(

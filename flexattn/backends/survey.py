@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..codegen.access import usual_methods
 from ..codegen.pipeline import Variant
@@ -38,7 +37,7 @@ class Compiled(NamedTuple):
 
 def survey(
     variant: Variant,
-    captured: Sequence[Tensor],
+    captured: Sequence[Any],
     ints: Sequence[int],
     dtype: torch.dtype,
     head_dim: int,
@@ -62,9 +61,12 @@ def survey(
 
 
 def calls(
-    variant: Variant, captured: Sequence[Tensor], ints: Sequence[int], dtype: torch.dtype, head_dim: int, device: str
+    variant: Variant, captured: Sequence[Any], ints: Sequence[int], dtype: torch.dtype, head_dim: int, device: str
 ) -> list[Call]:
-    """The calls of an attention of ordinary size, with block lists if there is a mask."""
+    """The calls of an attention of ordinary size, with block lists if there is a mask.
+
+    `captured`: as in `Problem`, run-time floats included.
+    """
     q, k, v = (torch.empty(1, HEADS, LENGTH, head_dim, dtype=dtype, device=device) for _ in range(3))
     row = torch.empty(1, HEADS, LENGTH, device=device)
     blocks = LENGTH // 128

@@ -5,6 +5,7 @@ Nothing of size S x S is allocated: outputs, row statistics, and the transposed 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
@@ -168,7 +169,9 @@ def _call(
     arguments = arguments | {name: _matrix(t) for name, t in matrices.items()}
     if not by_key and key.shape[0] == 1:  # keys that all batch entries share
         arguments |= {name: arguments[name]._replace(stride_b=0) for name in ("k", "v")}
-    arguments["captured"] = captured_arguments(problem.tensors, problem.floats, problem.ints, query.device)
+    arguments["captured"] = captured_arguments(
+        problem.variant, problem.tensors, problem.floats, problem.ints, query.device
+    )
     arguments |= {"L": L, "S": S, "heads": H, "group_size": H // key.shape[1], "scale": problem.scale}
     constants: dict[str, Any] = {
         "D": D,
@@ -237,14 +240,21 @@ def _functions_of(variant: Variant, methods: Methods, wide: tuple[int, ...]) -> 
 
 
 def captured_arguments(
-    tensors: Sequence[Tensor], floats: Sequence[Any], ints: Sequence[int], device: torch.device
+    variant: Variant, tensors: Sequence[Tensor], floats: Sequence[Any], ints: Sequence[int], device: torch.device
 ) -> tuple[Any, ...]:
     """The flat tuple that generated functions unpack: see `codegen.emit.captured_positions`."""
     flat: list[Any] = []
     for t in tensors:
         t = _with_elements(t.to(device))  # a 0-d tensor may be anywhere, as in torch
         flat += [t, *t.shape, *t.stride()]
-    return (*flat, *map(float, floats), *ints)
+    numbers = (_bits(f) if i in variant.doubles else float(f) for i, f in enumerate(floats))
+    return (*flat, *numbers, *ints)
+
+
+def _bits(number: Any) -> int:
+    """A float64 as an integer: Triton would take a Python float as float32."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", float(number)))
+    return int(bits)
 
 
 def _with_elements(t: Tensor) -> Tensor:

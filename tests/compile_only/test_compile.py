@@ -47,9 +47,12 @@ def test_every_operation_compiles_on_every_dtype(target: str, tmp_path: Path) ->
 
 REPORT = """
 import torch, flexattn
-slopes = torch.ones(8, requires_grad=True)
-alibi = lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)
-report = flexattn.explain(alibi, flexattn.masks.causal_mask, dtype=torch.bfloat16, head_dim=128, target="sm_90", quiet=True)
+slopes, cap = torch.ones(8, requires_grad=True), 30.0
+double = torch.ones(8, dtype=torch.float64)
+capped = lambda score, b, h, q_idx, kv_idx: torch.where(
+    double[h] < 0.7, score, cap * torch.tanh(score / cap) + slopes[h] * (kv_idx - q_idx)
+)
+report = flexattn.explain(capped, flexattn.masks.causal_mask, dtype=torch.bfloat16, head_dim=128, target="sm_90", quiet=True)
 print(report.kernels)
 """
 
@@ -120,3 +123,26 @@ except KernelError as error:
 
 def test_an_error_of_the_compiler_names_the_generated_line_and_its_operation(tmp_path: Path) -> None:
     assert run("-c", REFUSED, cache=tmp_path) == "score_mod sin t2 = tl.sin(t1, 3, 4)\n"
+
+
+# How each is collected.
+COLLECTED = {
+    "0-d": "row", "slopes": "row", "row gate": "row", "column gate": "column", "relative": "diagonal",
+    "T5 buckets": "diagonal", "pair bias": "store", "indirect": "atomic",
+}  # fmt: skip
+
+
+def test_only_arbitrary_indices_need_atomics(tmp_path: Path) -> None:
+    records = json.loads(run("scripts/gradient_table.py", "--json", "sm_90", cache=tmp_path))
+    assert [(r["variant"], r["kernel"]) for r in records] == [
+        (name, kernel) for name in COLLECTED for kernel in ("backward_dq", "backward_dkdv")
+    ]
+    for record in records:
+        assert record["collected"] == COLLECTED[record["variant"]]
+        assert record["matrix"] > 0, ("its inner loops were not found", record)
+        assert record["spilled"] == 0, record
+        needs_atomics = record["variant"] == "indirect" and record["kernel"] == "backward_dq"
+        assert (record["atomics"] > 0) == needs_atomics, record
+        sums = record["collected"] == {"backward_dq": "row", "backward_dkdv": "column"}[record["kernel"]]
+        if sums:  # a row is summed by shuffles between four lanes, and nothing is stored in a loop
+            assert 0 < record["shuffles"] <= 16 and record["stores"] == 0, record

@@ -199,3 +199,43 @@ def test_a_derivative_through_a_shared_index_is_printed_whole() -> None:
     assert "d table[h, where(31 < x2, 31, x2)] = grad * 2" in report.derivative
     whole = flexattn.explain(lambda score, b, h, q_idx, kv_idx: score + table[h, (score * 1.5).long()], quiet=True)
     assert "table[h, trunc(score * 1.5)]" in whole.formula
+
+
+def test_explain_says_how_the_gradient_of_each_captured_tensor_is_added_up() -> None:
+    slopes, temperature = torch.ones(4, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    gate, frozen = torch.ones(2, 4, 16, requires_grad=True), torch.ones(31)
+    pair, plane = torch.ones(2, 4, 16, 16, requires_grad=True), torch.ones(16, 16, requires_grad=True)
+    experts, group = torch.ones(3, 3, requires_grad=True), torch.arange(16) % 3
+
+    def gradients(mod: Any) -> list[str]:
+        report = flexattn.explain(mod, quiet=True)
+        assert f"gradients\n  {report.gradients.splitlines()[0]}" in str(report)
+        return sorted(report.gradients.splitlines())
+
+    assert gradients(lambda score, b, h, q, k: score * temperature + slopes[h] * (k - q)) == [
+        "slopes[h]: one entry per head; summed in registers over the keys, then over the queries: no atomics",
+        "temperature: one entry for all; summed in registers over the keys, then over the queries: no atomics",
+    ]
+    assert gradients(lambda score, b, h, q, k: score + gate[b, h, q] - gate[b, h, k]) == [
+        "gate[b, h, kv_idx]: one entry per key, head and batch entry; "
+        "summed in registers over the queries in the dK/dV kernel, one float32 per key: no atomics",
+        "gate[b, h, q_idx]: one entry per query, head and batch entry; "
+        "summed in registers over the keys in the dQ kernel, one float32 per query row: no atomics",
+    ]
+    assert gradients(lambda score, b, h, q, k: score + frozen[k - q + 15]) == [
+        "frozen[kv_idx - q_idx + 15]: one entry per kv_idx - q_idx; diagonal sums of each tile, added up by a second "
+        "kernel: no atomics (not learned: computed only if it requires grad)"
+    ]
+    stored = "each element written once, plain stores, no atomics"
+    assert gradients(lambda score, b, h, q, k: score + pair[b, h, q, k]) == [
+        f"pair[b, h, q_idx, kv_idx]: one entry per query, key, head and batch entry; {stored}"
+    ]
+    assert gradients(lambda score, b, h, q, k: score + plane[q, k]) == [
+        f"plane[q_idx, kv_idx]: one entry per query and key; {stored}; "
+        "where batch entries or heads share it, to a workspace that is then summed"
+    ]
+    (indirect,) = gradients(lambda score, b, h, q, k: score + experts[group[q], group[k]])
+    assert indirect.startswith("experts[group[q_idx], group[kv_idx]]: any element may read any entry; atomic additions")
+    assert '{"DETERMINISTIC": True}' in indirect
+    for nothing in (None, lambda score, b, h, q, k: score * 2 + group[q]):
+        assert gradients(nothing) == ["nothing captured is differentiable"]

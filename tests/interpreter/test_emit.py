@@ -5,43 +5,24 @@ from __future__ import annotations
 import linecache
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from assertions import assert_same
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from kernels import apply_gradient, apply_mask_mod, apply_score_mod, apply_sums, apply_tile_grads
-from strategies import FLOATING, Mod, environment, integers, mask_mods, score_mods
+from kernels import apply_gradient, apply_mask_mod, apply_score_mod
+from one_tile import TILE, B, H, L, S, arguments_of, inputs_of, named_inputs
+from strategies import Mod, default_dtype, environment, inexact, integers, mask_mods, score_mods
 from torch import Tensor
 
-from flexattn.backends.triton import captured_arguments
-from flexattn.codegen.access import Access, Method, Pattern, access, usual_methods
 from flexattn.codegen.emit import functions
-from flexattn.codegen.evaluate import EVALUATE, TORCH_DTYPE, Inputs, evaluate, wrap_index
+from flexattn.codegen.evaluate import EVALUATE, TORCH_DTYPE, Inputs, evaluate
 from flexattn.codegen.ir import DType, Kind, Node, Op, const, input_node, walk
 from flexattn.codegen.jit import jitted
 from flexattn.codegen.pipeline import Variant, variant
 from flexattn.codegen.spec import SIGNATURES, apply, load
 from flexattn.codegen.trace import trace
 from flexattn.codegen.triton_text import SPELLING, never_negative
-
-B, H, L, S, TILE = 1, 3, 13, 19, 32
-
-
-def named_inputs(**more: Tensor) -> dict[str, Tensor]:
-    index = {"b": torch.tensor(B), "h": torch.tensor(H)}
-    index |= {"q_idx": torch.arange(L).view(-1, 1), "kv_idx": torch.arange(S)}
-    return {**{k: t.int() for k, t in index.items()}, **more}
-
-
-def arguments_of(v: Variant, captured: list[Tensor]) -> tuple[Any, ...]:
-    n = len(v.captured)
-    return captured_arguments(captured[:n], captured[n:], [], torch.device("cpu"))
-
-
-def inputs_of(v: Variant, captured: list[Tensor], **more: Tensor) -> Inputs:
-    n = len(v.captured)
-    return Inputs(named_inputs(**more), captured[:n], captured[n:])
 
 
 @settings(max_examples=60)
@@ -64,6 +45,25 @@ def test_law_6_an_emitted_score_mod_and_its_derivative_equal_evaluate(mod: Mod) 
         assert_same(out, want.expand(L, S), program, ulps=64)
 
 
+@settings(max_examples=30)
+@given(mod=score_mods().map(inexact), default=st.sampled_from((torch.float64, torch.bfloat16, torch.float16)))
+def test_law_6_under_every_default_dtype(mod: Mod, default: torch.dtype) -> None:
+    f = mod.bind(environment())
+    score, out = torch.randn(L, S), torch.full((L, S), float("nan"))
+    with default_dtype(default):
+        program, captured, _ = trace(f, None)
+    v = variant(program)
+    made = jitted(functions(v))
+    if made.score_mod is not None:
+        apply_score_mod[(1,)](out, score, B, H, arguments_of(v, captured), L, S, made.score_mod, TILE, TILE)
+        (want,) = evaluate([v.unscaled], inputs_of(v, captured, score=score))
+        assert_same(out, want.expand(L, S), program, ulps=32)
+        if v.scale is None:
+            index = [t.view(1, 1) if t.dim() == 0 else t for t in named_inputs().values()]
+            expected = torch.as_tensor(f(score, *index), dtype=torch.float32)  # numbers are rounded to no default dtype
+            assert_same(out, expected.expand(L, S), program, ulps=64)
+
+
 @settings(max_examples=60)
 @given(mask=mask_mods())
 def test_law_6_an_emitted_mask_mod_equals_evaluate(mask: Mod) -> None:
@@ -79,89 +79,18 @@ def test_law_6_an_emitted_mask_mod_equals_evaluate(mask: Mod) -> None:
     assert torch.equal(out, want.expand(L, S)), program
 
 
-def possible(to: Access, tensors: list[Tensor]) -> list[Method]:
-    """Ways to collect the gradient of a load of one head."""
-    found: list[Method] = ["atomic", "workspace"]
-    if to.q is not None and to.kv is not None:
-        shape, ends = tensors[to.number].shape, ((L, to.q), (S, to.kv))
-        starts = [int(evaluate([axis.offset], Inputs({}))[0]) for _, axis in ends]
-        if all(0 <= i <= shape[axis.dim] - n for i, (n, axis) in zip(starts, ends, strict=True)):
-            found.append("store")
-    if "kv_idx" not in to.axes and "score" not in to.axes:
-        found.append("row")
-    if "q_idx" not in to.axes and "score" not in to.axes:
-        found.append("column")
-    return [*found, "diagonal"] if to.pattern is Pattern.DIAGONAL else found
-
-
-@settings(max_examples=60)
-@given(mod=score_mods(), data=st.data())
-@example(Mod("score, b, h, q_idx, kv_idx", "score + row[h, (score > 0) + 0 * h]"), None)  # an element's own index
-def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: st.DataObject | None) -> None:
-    env = environment()
-    program, captured, _ = trace(mod.bind(env), None)
+@pytest.mark.parametrize("number", [0.7, 0.0, -0.0, 5e-324, -1.7e308, 1e-300])
+def test_a_number_beside_float64_keeps_all_its_bits(number: float) -> None:
+    """Triton takes a Python float as float32."""
+    values = torch.full((S,), number, dtype=torch.float64)
+    values[::2] = torch.nextafter(values[::2], torch.tensor(torch.inf, dtype=torch.float64))
+    program, captured, _ = trace(None, lambda b, h, q, k: values[k] <= number)
     v = variant(program)
-    tensors = captured[: len(v.captured)]
-    wanted = [i for i, t in enumerate(tensors) if any(t is env[n] for n in FLOATING)]
-    methods: list[Method | None] = list(usual_methods(v.derivative.loads, wanted))
-    for i, (read, _) in enumerate(v.derivative.loads):
-        if methods[i] is not None:
-            choices = possible(access(read), tensors)
-            methods[i] = choices[0] if data is None else data.draw(st.sampled_from(choices))
-    made = jitted(functions(v, tuple(methods)))
-    score, grad, keep = torch.randn(L, S), torch.randn(L, S), torch.rand(L, S) > 0.3
-    inputs, packed = inputs_of(v, captured, score=score, grad=grad), arguments_of(v, captured)
-    expected: dict[Method, list[Tensor]] = {}
-    found: dict[Method, list[Tensor]] = {}
-    flat: list[Any] = []
-    for (read, root), method in zip(v.derivative.loads, methods, strict=True):
-        if method is None:
-            continue
-        (value,) = evaluate([root], inputs)
-        value = torch.where(keep, value, 0.0).double().expand(L, S)
-        expected.setdefault(method, []).append(collected(value, method, access(read), tensors, inputs))
-        buffer = torch.zeros(2 * TILE if method == "diagonal" else expected[method][-1].shape)
-        found.setdefault(method, []).append(buffer)
-        if method in ("store", "atomic"):
-            flat += [buffer, *buffer.stride()]
-        elif method in ("diagonal", "workspace"):
-            flat.append(buffer)
-    for role, method, transposed in ((made.row_grads, "row", False), (made.column_grads, "column", True)):
-        sums = tuple(found.get(method, ()))
-        assert (role is None) == (not sums)
-        if role is not None:
-            apply_sums[(1,)](
-                sums, grad, score, keep, B, H, packed, L, S, role, TILE, TILE, transposed, len(sums),
-            )  # fmt: skip
-    if made.tile_grads is not None:
-        apply_tile_grads[(1,)](grad, score, keep, B, H, packed, tuple(flat), L, S, made.tile_grads, TILE, TILE)
-    for method, wants in expected.items():
-        for got, want in zip(found[method], wants, strict=True):
-            if method == "diagonal":  # entries c stand for kv - q = c, and after them for c - TILE
-                got = diagonals_of(got)
-            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
-
-
-def collected(value: Tensor, method: Method, to: Access, tensors: list[Tensor], inputs: Inputs) -> Tensor:
-    """What a method makes of the gradients of a tile."""
-    if method == "row":
-        return value.sum(1)
-    if method == "column":
-        return value.sum(0)
-    if method == "workspace":
-        return value
-    if method == "diagonal":
-        return torch.stack([value.diagonal(d).sum() for d in range(-(L - 1), S)])
-    total = torch.zeros(tensors[to.number].shape, dtype=torch.float64)
-    index = [wrap_index(i, n) for i, n in zip(evaluate(to.indices, inputs), total.shape, strict=True)]
-    if index:
-        return total.index_put_(tuple(i.expand(L, S) for i in index), value, accumulate=True)
-    return value.sum()
-
-
-def diagonals_of(place: Tensor) -> Tensor:
-    """A place of `store_diagonals`, in the order of kv - q."""
-    return torch.cat([place[TILE:], place[:TILE]])[TILE - (L - 1) : TILE + S]
+    packed = arguments_of(v, captured)
+    assert isinstance(packed[-1], int)
+    out = torch.zeros(L, S, dtype=torch.bool)
+    apply_mask_mod[(1,)](out, B, H, packed, L, S, jitted(functions(v)).mask_mod, TILE, TILE)
+    assert torch.equal(out, (torch.arange(S) % 2 == 1).expand(L, S))
 
 
 # ---- every operation, on values that its formula might get wrong

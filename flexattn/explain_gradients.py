@@ -1,0 +1,77 @@
+"""What the backward does with each captured tensor, in words: a line for each place where a mod reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from .codegen.access import Access, Pattern, access
+from .codegen.formula import inline
+from .codegen.ir import Node, Op
+from .codegen.pipeline import Variant
+
+NOTHING = "nothing captured is differentiable"
+UNLEARNED = " (not learned: computed only if it requires grad)"
+LONGEST = 40  # characters of an index that is printed
+
+# What has an entry of its own, besides heads and batch entries, and how contributions are added up.
+WORDS: dict[Pattern, tuple[tuple[str, ...], str]] = {
+    Pattern.HEAD: ((), "summed in registers over the keys, then over the queries: no atomics"),
+    Pattern.ROW: (
+        ("query",),
+        "summed in registers over the keys in the dQ kernel, one float32 per query row: no atomics",
+    ),
+    Pattern.COLUMN: (
+        ("key",),
+        "summed in registers over the queries in the dK/dV kernel, one float32 per key: no atomics",
+    ),
+    Pattern.DIAGONAL: (("kv_idx - q_idx",), "diagonal sums of each tile, added up by a second kernel: no atomics"),
+    Pattern.DENSE: (("query", "key"), "each element written once, plain stores, no atomics"),
+    Pattern.INDIRECT: (
+        (),
+        "atomic additions in float32 on a GPU, whose order, hence the last bits, varies from run to run; "
+        'kernel_options={"DETERMINISTIC": True} or torch.use_deterministic_algorithms(True): stored and sorted instead, '
+        "repeatable",
+    ),
+}
+
+
+def gradient_lines(parsed: Variant, captured: Sequence[Tensor], names: Mapping[str, str]) -> str:
+    """A line for each load of a floating captured tensor; `names` as `formula` takes them."""
+    lines = [_line(access(load), captured, names) for load, _ in parsed.derivative.loads]
+    return "\n".join(dict.fromkeys(lines)) or NOTHING
+
+
+def _line(found: Access, captured: Sequence[Tensor], names: Mapping[str, str]) -> str:
+    place = names.get(f"c{found.number}", f"c{found.number}")
+    if found.indices:
+        place += f"[{', '.join(_short(i, names) for i in found.indices)}]"
+    units, sums = WORDS[found.pattern]
+    if found.pattern is Pattern.DENSE:
+        sums += _shared(found)
+    learned = "" if captured[found.number].requires_grad else UNLEARNED
+    return f"{place}: {_entries(found, units)}; {sums}{learned}"
+
+
+def _short(index: Node, names: Mapping[str, str]) -> str:
+    text = inline(index, names)
+    return text if len(text) <= LONGEST else "..."
+
+
+def _entries(found: Access, units: tuple[str, ...]) -> str:
+    """Which elements read an entry of their own."""
+    if found.pattern is Pattern.INDIRECT:
+        return "any element may read any entry"
+    heads = [what for axis, what in (("h", "head"), ("b", "batch entry")) if axis in found.axes]
+    if not units and not heads:
+        return "one entry for all"
+    *most, last = *units, *heads
+    return "one entry per " + (f"{', '.join(most)} and {last}" if most else last)
+
+
+def _shared(found: Access) -> str:
+    """DENSE: what reads the same element more than once, for want of a dimension of its own."""
+    own = {str(i.value) for i in found.indices if i.op is Op.INPUT}
+    sharing = [what for axis, what in (("b", "batch entries"), ("h", "heads")) if axis not in own]
+    return f"; where {' or '.join(sharing)} share it, to a workspace that is then summed" if sharing else ""

@@ -66,11 +66,11 @@ class CapturedGradients:
 
     def add_rows(self, to: Access, sums: Tensor) -> None:
         """Add sums over the keys, [B, Hq, L], for a load whose index does not depend on kv_idx."""
-        self.add(to, sums, self._inputs(self._positions(sums.shape[2]), 0))
+        self.add(to, sums, self._inputs(self._positions(sums.shape[2]), self._positions(1)))
 
     def add_columns(self, to: Access, sums: Tensor) -> None:
         """Add sums over the queries, [B, Hq, S], for a load whose index does not depend on q_idx."""
-        self.add(to, sums, self._inputs(0, self._positions(sums.shape[2])))
+        self.add(to, sums, self._inputs(self._positions(1), self._positions(sums.shape[2])))
 
     def add_diagonals(self, to: Access, sums: Tensor) -> None:
         """Add sums [B, Hq, L + S - 1] over the elements with kv_idx - q_idx = -(L - 1), ..., S - 1."""
@@ -124,14 +124,14 @@ class CapturedGradients:
     def _positions(self, n: int) -> Tensor:
         return torch.arange(n, dtype=torch.int32, device=self.device)
 
-    def _inputs(self, q_idx: Tensor | int, kv_idx: Tensor | int) -> Inputs:
+    def _inputs(self, q_idx: Tensor, kv_idx: Tensor) -> Inputs:
         """Indices that broadcast against [B, Hq, ...]."""
         B, H = self.problem.query.shape[:2]
         named = {
             "b": self._positions(B).view(-1, 1, 1),
             "h": self._positions(H).view(-1, 1),
-            "q_idx": torch.as_tensor(q_idx, dtype=torch.int32, device=self.device),
-            "kv_idx": torch.as_tensor(kv_idx, dtype=torch.int32, device=self.device),
+            "q_idx": q_idx,
+            "kv_idx": kv_idx,
         }
         return inputs_of(self.problem, named)
 

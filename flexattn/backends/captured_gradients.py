@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..codegen.access import Access, Axis, Pattern, access
-from ..codegen.evaluate import Inputs, evaluate, steady, wrap_index
-from ..codegen.ir import Node
+from ..codegen.evaluate import Inputs, evaluate, wrap_index
+from ..codegen.ir import Node, Op, walk
 from ..problem import Problem
 from .indices import KEPT_ELEMENTS
 
@@ -142,8 +142,11 @@ class CapturedGradients:
         shape = tuple(self.sums[to.number].shape)
         B, H, n = sums.shape
         line = Line(along, B, H, n, self.problem.query.shape[2], self.device)
-        if self.device.type == "cpu" and sums.numel() <= KEPT_ELEMENTS and _of_indices_alone(to.load):
-            entries = _kept_entries(to.load, shape, line)
+        numbers = tuple(self.problem.floats), tuple(self.problem.ints)
+        small = self.device.type == "cpu" and sums.numel() <= KEPT_ELEMENTS
+        # As a key, a zero has no sign.
+        if small and not _reads_a_tensor(to.load) and not any(isinstance(x, Tensor) or x == 0 for x in numbers[0]):
+            entries = _kept_entries(to.load, shape, line, *numbers)
         else:
             entries = _entries(to, shape, inputs_of(self.problem, line.named()))
         self._add_at(to, sums, entries)
@@ -190,8 +193,9 @@ def _start(problem: Problem, axis: Axis, length: int, shape: Sequence[int]) -> i
 
 
 @lru_cache(maxsize=1024)
-def _of_indices_alone(load: Node) -> bool:
-    return set(load.args[1:]) <= set(steady(load.args[1:]))
+def _reads_a_tensor(load: Node) -> bool:
+    """To know its index."""
+    return any(n.op is Op.LOAD for n in walk(*load.args[1:]))
 
 
 def _entries(to: Access, shape: tuple[int, ...], inputs: Inputs) -> Tensor | None:
@@ -200,8 +204,10 @@ def _entries(to: Access, shape: tuple[int, ...], inputs: Inputs) -> Tensor | Non
 
 
 @lru_cache(maxsize=128)
-def _kept_entries(load: Node, shape: tuple[int, ...], line: Line) -> Tensor | None:
-    return _entries(access(load), shape, Inputs(line.named(), device=line.device))
+def _kept_entries(
+    load: Node, shape: tuple[int, ...], line: Line, floats: tuple[float, ...], ints: tuple[int, ...]
+) -> Tensor | None:
+    return _entries(access(load), shape, Inputs(line.named(), (), floats, ints, line.device))
 
 
 def _flat(index: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:

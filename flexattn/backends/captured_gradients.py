@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..codegen.access import Access, Axis, access
-from ..codegen.evaluate import Inputs, broadcast, evaluate, wrap_index
-from ..codegen.ir import Node
+from ..codegen.access import Access, Axis, Pattern, access
+from ..codegen.evaluate import Inputs, evaluate, wrap_index
+from ..codegen.ir import Node, Op, walk
 from ..problem import Problem
+from .indices import KEPT_ELEMENTS
 
 COPIES = 1 << 20  # elements: many contributions to a short tensor are added to so many entries, copies of it, at once
 
@@ -36,6 +38,35 @@ class Block(NamedTuple):
     kv: int
 
 
+class Line(NamedTuple):
+    """Sums [B, H, n]: one for each query, key, or distance."""
+
+    along: Pattern
+    B: int
+    H: int
+    n: int
+    L: int
+    device: torch.device
+
+    def named(self) -> dict[str, Tensor]:
+        """Indices that broadcast against the sums."""
+
+        def positions(n: int) -> Tensor:
+            return torch.arange(n, dtype=torch.int32, device=self.device)
+
+        own, none = positions(self.n), torch.zeros((), dtype=torch.int32, device=self.device)
+        q_idx, kv_idx = {Pattern.ROW: (own, none), Pattern.COLUMN: (none, own)}.get(self.along, (none, none))
+        if self.along is Pattern.DIAGONAL:
+            distance = own - (self.L - 1)
+            q_idx, kv_idx = (-distance).clamp(min=0), distance.clamp(min=0)
+        return {
+            "b": positions(self.B).view(-1, 1, 1),
+            "h": positions(self.H).view(-1, 1),
+            "q_idx": q_idx,
+            "kv_idx": kv_idx,
+        }
+
+
 class CapturedGradients:
     """Sums of the gradients of captured tensors, in the compute dtype.
 
@@ -49,33 +80,23 @@ class CapturedGradients:
         self.sums = {i: self._zeros(problem.captured[i].shape) for i in wanted}
         self.contributions = contributions(problem, wanted)
         self._dense: dict[Node, Tensor] = {}
+        self._apart: list[tuple[Tensor, Tensor]] = []  # sums of some DENSE loads, and the entries they belong to
 
     def add(self, to: Access, values: Tensor, inputs: Inputs) -> None:
         """Add `values` to the entries that `to` reads at the indices of `inputs`, which broadcast against them."""
-        total = self.sums[to.number]
-        index = [wrap_index(i, n) for i, n in zip(evaluate(to.indices, inputs), total.shape, strict=True)]
-        shape = broadcast(*(i.shape for i in index)) if index else ()
-        values = _summed(values.to(total.dtype), shape)
-        if not index:
-            total += values.sum()
-        elif total.numel():
-            flat = torch.zeros((), dtype=torch.int64, device=self.device)
-            for i, n in zip(index, total.shape, strict=True):
-                flat = flat * n + i
-            _scatter(total.view(-1), flat.expand(values.shape).reshape(-1), values.reshape(-1))
+        self._add_at(to, values, _entries(to, tuple(self.sums[to.number].shape), inputs))
 
     def add_rows(self, to: Access, sums: Tensor) -> None:
         """Add sums over the keys, [B, Hq, L], for a load whose index does not depend on kv_idx."""
-        self.add(to, sums, self._inputs(self._positions(sums.shape[2]), self._positions(1)))
+        self._add_sums(to, sums, Pattern.ROW)
 
     def add_columns(self, to: Access, sums: Tensor) -> None:
         """Add sums over the queries, [B, Hq, S], for a load whose index does not depend on q_idx."""
-        self.add(to, sums, self._inputs(self._positions(1), self._positions(sums.shape[2])))
+        self._add_sums(to, sums, Pattern.COLUMN)
 
     def add_diagonals(self, to: Access, sums: Tensor) -> None:
         """Add sums [B, Hq, L + S - 1] over the elements with kv_idx - q_idx = -(L - 1), ..., S - 1."""
-        along = self._positions(sums.shape[2]) - (self.problem.query.shape[2] - 1)
-        self.add(to, sums, self._inputs((-along).clamp(min=0), along.clamp(min=0)))
+        self._add_sums(to, sums, Pattern.DIAGONAL)
 
     def add_dense(self, to: Access, block: Block, values: Tensor, inputs: Inputs, start: tuple[int, int]) -> None:
         """Add `values` [..., rows, columns], whose first element is query and key `start`, for a DENSE load.
@@ -87,53 +108,56 @@ class CapturedGradients:
         rows, columns = values.shape[-2:]
         q, kv = block.q + start[0], block.kv + start[1]
         target = total[:, q : q + rows, kv : kv + columns]
-        slab = torch.zeros((), dtype=torch.int64, device=self.device)
-        for d, n in enumerate(self.problem.captured[to.number].shape):
-            if d not in (to.q.dim, to.kv.dim):
-                (i,) = evaluate([to.indices[d]], inputs)
-                slab = slab * n + wrap_index(i, n)
-        shape = (1,) * (values.dim() - slab.dim()) + tuple(slab.shape)
+        others = [d for d in range(len(to.indices)) if d not in (to.q.dim, to.kv.dim)]
+        sizes = self.problem.captured[to.number].shape
+        slab = _flat(evaluate([to.indices[d] for d in others], inputs), [sizes[d] for d in others])
+        shape = (1,) * values.dim() if slab is None else (1,) * (values.dim() - slab.dim()) + tuple(slab.shape)
         values = _summed(values.to(total.dtype), (*shape[:-2], rows, columns))
-        if total.shape[0] == 1:
+        if total.shape[0] == 1 or slab is None:
             target += values.reshape(-1, rows, columns).sum(0)
         else:
             _scatter(target, slab.expand(shape).reshape(-1), values.reshape(-1, rows, columns))
 
     def results(self) -> list[Tensor]:
         """The gradients of the wanted tensors, in their dtypes, on their devices."""
-        for load, total in self._dense.items():
-            to = access(load)
-            assert to.q is not None and to.kv is not None
-            shape = self.sums[to.number].shape
-            last = (to.q.dim, to.kv.dim)
-            rest = [n for d, n in enumerate(shape) if d not in last]
-            self.sums[to.number] += total.view(*rest, *(shape[d] for d in last)).movedim((-2, -1), last)
+        for place, apart in self._apart:
+            place += apart.view(place.shape)
         like = [self.problem.captured[i] for i in self.wanted]
         return [self.sums[i].to(t.device, t.dtype) for i, t in zip(self.wanted, like, strict=True)]
 
     def _dense_sum(self, to: Access) -> Tensor:
-        """[entries of the other dimensions, entries along q, entries along kv]"""
+        """[entries of the other dimensions, entries along q, entries along kv]: the sums themselves where a view can be so."""
         assert to.q is not None and to.kv is not None
         if to.load not in self._dense:
-            shape = self.problem.captured[to.number].shape
-            q, kv = shape[to.q.dim], shape[to.kv.dim]
-            others = math.prod(n for d, n in enumerate(shape) if d not in (to.q.dim, to.kv.dim))
-            self._dense[to.load] = self._zeros((others, q, kv))
+            place = self.sums[to.number].movedim((to.q.dim, to.kv.dim), (-2, -1))
+            shape = math.prod(place.shape[:-2]), *place.shape[-2:]
+            try:
+                self._dense[to.load] = place.view(shape)
+            except RuntimeError:  # other dimensions on both sides of an axis
+                self._dense[to.load] = self._zeros(shape)
+                self._apart.append((place, self._dense[to.load]))
         return self._dense[to.load]
 
-    def _positions(self, n: int) -> Tensor:
-        return torch.arange(n, dtype=torch.int32, device=self.device)
+    def _add_sums(self, to: Access, sums: Tensor, along: Pattern) -> None:
+        shape = tuple(self.sums[to.number].shape)
+        B, H, n = sums.shape
+        line = Line(along, B, H, n, self.problem.query.shape[2], self.device)
+        numbers = tuple(self.problem.floats), tuple(self.problem.ints)
+        small = self.device.type == "cpu" and sums.numel() <= KEPT_ELEMENTS
+        # As a key, a zero has no sign.
+        if small and not _reads_a_tensor(to.load) and not any(isinstance(x, Tensor) or x == 0 for x in numbers[0]):
+            entries = _kept_entries(to.load, shape, line, *numbers)
+        else:
+            entries = _entries(to, shape, inputs_of(self.problem, line.named()))
+        self._add_at(to, sums, entries)
 
-    def _inputs(self, q_idx: Tensor, kv_idx: Tensor) -> Inputs:
-        """Indices that broadcast against [B, Hq, ...]."""
-        B, H = self.problem.query.shape[:2]
-        named = {
-            "b": self._positions(B).view(-1, 1, 1),
-            "h": self._positions(H).view(-1, 1),
-            "q_idx": q_idx,
-            "kv_idx": kv_idx,
-        }
-        return inputs_of(self.problem, named)
+    def _add_at(self, to: Access, values: Tensor, entries: Tensor | None) -> None:
+        total = self.sums[to.number]
+        if entries is None:
+            total += values.sum()
+        elif total.numel():
+            values = _summed(values.to(total.dtype), entries.shape)
+            _scatter(total.view(-1), entries.expand(values.shape).reshape(-1), values.reshape(-1))
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -161,9 +185,38 @@ def block_of(problem: Problem, to: Access) -> Block | None:
 
 
 def _start(problem: Problem, axis: Axis, length: int, shape: Sequence[int]) -> int | None:
-    (value,) = evaluate([axis.offset], Inputs({}, (), problem.floats, problem.ints))
-    start = int(value)
+    offset = axis.offset
+    if not offset.is_const:
+        (value,) = evaluate([offset], Inputs({}, (), problem.floats, problem.ints))
+    start = int(offset.value if offset.is_const else value)  # type: ignore[arg-type]
     return start if 0 <= start and start + length <= shape[axis.dim] else None
+
+
+@lru_cache(maxsize=1024)
+def _reads_a_tensor(load: Node) -> bool:
+    """To know its index."""
+    return any(n.op is Op.LOAD for n in walk(*load.args[1:]))
+
+
+def _entries(to: Access, shape: tuple[int, ...], inputs: Inputs) -> Tensor | None:
+    """The numbers of the entries that a load reads, of the smallest shape that its index needs; None: there is one entry."""
+    return _flat(evaluate(to.indices, inputs), shape)
+
+
+@lru_cache(maxsize=128)
+def _kept_entries(
+    load: Node, shape: tuple[int, ...], line: Line, floats: tuple[float, ...], ints: tuple[int, ...]
+) -> Tensor | None:
+    return _entries(access(load), shape, Inputs(line.named(), (), floats, ints, line.device))
+
+
+def _flat(index: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
+    """The index of each dimension as one index of all."""
+    flat: Tensor | None = None
+    for i, n in zip(index, shape, strict=True):
+        i = wrap_index(i, n)
+        flat = i if flat is None else flat * n + i
+    return flat
 
 
 def _summed(values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -176,7 +229,11 @@ def _summed(values: Tensor, shape: Sequence[int]) -> Tensor:
 def _scatter(total: Tensor, index: Tensor, values: Tensor) -> None:
     """`total[index[i]] += values[i]` along the first axis, in an order that is the same in every run."""
     if not total.is_cuda:
-        total.index_add_(0, index, values)
+        found = index.tolist() if total.dim() > 1 else []
+        if found and found == list(range(found[0], found[0] + len(found))):
+            total[found[0] : found[0] + len(found)] += values
+        else:
+            total.index_add_(0, index, values)
         return
     # On a GPU this sorts the indices, where index_add_ uses atomics. One entry's values are added one after another, so a
     # short tensor that gets many is given copies.

@@ -103,6 +103,17 @@ class Chunk:
             return x if start == 0 and stop == x.shape[1] else x[:, start:stop]
         return torch.cat([x[:, a:b] for a, b in ranges], dim=1)
 
+    def cut(self, x: Tensor, value: float) -> None:
+        """`x[masked] = value`, in place, for x [nb, nh, G, rows, W]."""
+        if not self.keep:
+            return
+        fill = (
+            number(value, x.dtype) if x.device.type == "cpu" else torch.full((), value, dtype=x.dtype, device=x.device)
+        )
+        for start, stop, keep in self.keep:
+            place = _columns(x, start, stop)
+            torch.where(keep, place, fill, out=place)
+
 
 @lru_cache(maxsize=256)
 def merged(spans: tuple[Span, ...]) -> tuple[tuple[int, int], ...]:
@@ -225,23 +236,13 @@ class Walk:
             torch.mul(score.expand(tile.shape), LOG2E, out=self.tile_view(part, result))
             self.pool.give(score)
         if self.variant.modifies_score:
-            self.cut(part, chunk, result, float("-inf"))
+            chunk.cut(self.tile_view(part, result), float("-inf"))
             return result
         # Products of finite numbers: adding -inf hides them, at a fifth of the cost of choosing.
         for start, stop, keep in chunk.keep:
             added = hidden(keep, self.dtype) if chunk.hidden is None else chunk.hidden
             _columns(tile, start, stop).add_(added)
         return result
-
-    def cut(self, part: Part, chunk: Chunk, x: Tensor, value: float) -> None:
-        """`x[masked] = value`, in place."""
-        tile = self.tile_view(part, x)
-        fill = (
-            number(value, x.dtype) if x.device.type == "cpu" else torch.full((), value, dtype=x.dtype, device=x.device)
-        )
-        for start, stop, keep in chunk.keep:
-            place = _columns(tile, start, stop)
-            torch.where(keep, place, fill, out=place)
 
     def tile_view(self, part: Part, x: Tensor) -> Tensor:
         """[N, G * rows, W] as [nb, nh, G, rows, W], the shape that index tensors broadcast to."""

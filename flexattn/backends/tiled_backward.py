@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..codegen.evaluate import evaluate
 from ..problem import Problem
-from .captured_gradients import CapturedGradients
 from .schedule import Tile
+from .tile_sums import Piece, TileSums
 from .tiled import LOG2E, Chunk, Part, Walk, merged
 
 
@@ -49,7 +49,7 @@ def backward(
     saved = _Saved(lse2, delta, dout)
     dq = torch.zeros(problem.query.shape, dtype=walk.dtype, device=walk.device)
     dk, dv = (torch.zeros(t.shape, dtype=walk.dtype, device=walk.device) for t in (problem.key, problem.value))
-    captured = CapturedGradients(problem, wanted, walk.dtype)
+    captured = TileSums(problem, wanted, walk.dtype, walk.pool)
     for leg in walk.legs():
         for part in walk.parts(leg):
             split = part.split
@@ -71,7 +71,7 @@ def _backward_tile(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    captured: CapturedGradients,
+    captured: TileSums,
 ) -> None:
     if not tile.spans:
         return
@@ -88,7 +88,7 @@ def _backward_tile(
         ds.sub_(delta).mul_(p)
         if p is not raw:
             walk.pool.give(p)
-        gradient = _through_mod(walk, part, chunk, raw, ds, captured)
+        gradient = _through_mod(walk, part, tile, chunk, raw, ds, captured)
         dq_tile.baddbmm_(gradient, k)
         _add_columns(dk, chunk, gradient, query)
         for buffer in (gradient, ds, raw):
@@ -109,35 +109,27 @@ def _add_columns(target: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor) ->
         column += stop - start
 
 
-def _through_mod(walk: Walk, part: Part, chunk: Chunk, raw: Tensor, ds: Tensor, captured: CapturedGradients) -> Tensor:
+def _through_mod(
+    walk: Walk, part: Part, tile: Tile, chunk: Chunk, raw: Tensor, ds: Tensor, captured: TileSums
+) -> Tensor:
     """The gradient of the raw score, from that of the modified score; captured tensors get theirs on the way."""
     derivative = walk.variant.derivative
-    contributions = captured.contributions
-    if walk.linear and not contributions:
+    if walk.linear and not captured.graphs:
         return ds
     inputs = chunk.inputs.fork({"score": walk.tile_view(part, raw), "grad": walk.tile_view(part, ds)})
     roots = [] if walk.linear or derivative.score is None else [derivative.score]
-    values = evaluate([*roots, *[c.gradient for c in contributions]], inputs, walk.pool)
-    shape = walk.tile_view(part, ds).shape
-    for contribution, value in zip(contributions, values[len(roots) :], strict=True):
-        captured.add(contribution.access, _cut(value.expand(shape), chunk), inputs)
+    graphs = [*roots, *captured.graphs]
+    values = dict(zip(graphs, evaluate(graphs, inputs, walk.pool), strict=True))
+    for value in values.values():
+        chunk.cut(value, 0.0)  # a derivative may be nan where the mask is False
+    captured.add(values, Piece(part.split, (tile.start, tile.stop), merged(chunk.spans)), inputs)
     if walk.linear:
         result = ds
     else:
         result = walk.pool.take(ds.shape, ds.dtype)
-        tile = walk.tile_view(part, result)
-        tile.copy_(values[0]) if roots else tile.zero_()
-        walk.cut(part, chunk, result, 0.0)
-    for value in {id(v): v for v in values if v is not inputs.named["grad"]}.values():
-        walk.pool.give(value)
+        view = walk.tile_view(part, result)
+        view.copy_(values[roots[0]]) if roots else view.zero_()
+    for value in values.values():
+        if value is not inputs.named["grad"]:
+            walk.pool.give(value)
     return result
-
-
-def _cut(value: Tensor, chunk: Chunk) -> Tensor:
-    """`value`, zero where the mask is False: a derivative may be nan there."""
-    if not chunk.keep:
-        return value
-    value = value.clone()
-    for start, stop, keep in chunk.keep:
-        value[..., start:stop] = torch.where(keep, value[..., start:stop], 0.0)
-    return value

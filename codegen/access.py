@@ -32,8 +32,9 @@ class Pattern(Enum):
 
 
 # How kernels collect the gradient of a load: summed over the keys; summed over the queries; summed along the diagonals of
-# a tile; each element stored to its entry; each stored to a workspace; each added to its entry by an atomic.
-Method = Literal["row", "column", "diagonal", "store", "workspace", "atomic"]
+# a tile; each element stored to its entry; each stored to a workspace; to one with its entry's number, by which they are then
+# sorted; each added to its entry by an atomic.
+Method = Literal["row", "column", "diagonal", "store", "workspace", "sorted", "atomic"]
 USUAL: dict[Pattern, Method] = {
     Pattern.HEAD: "row",
     Pattern.ROW: "row",

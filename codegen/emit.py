@@ -11,9 +11,9 @@
 Indices and scores are tensors that broadcast against the score's tile. `captured` is a flat tuple: pointer, sizes and
 strides of c0, the same of c1, ..., the run-time floats, the run-time ints. A kernel takes a Python float as float32, so a
 run-time float64 comes as the integer of its bits. `sums` holds a float32 vector for each load that is summed. `dcaptured` is
-flat, too: the buffer of each load that goes by tile, and its strides where it has the tensor's shape. Element (q, kv) of a
-workspace stands at (line + q) * columns + kv, and the diagonals of the tile are at number `tile`. The text is the same for
-the same graph.
+flat, too: the buffer of each load that goes by tile, its strides where it has the tensor's shape, and the numbers of its
+entries if it is to be sorted by them. Element (q, kv) of a workspace stands at (line + q) * columns + kv, and the diagonals
+of the tile are at number `tile`. The text is the same for the same graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .triton_text import SPELLING, TRITON_DTYPE, literal, never_negative, typed
 
 _LOW = frozenset((DType.FLOAT16, DType.BFLOAT16))  # computed in float32, rounded after every operation
 _INDICES = "b, h, q_idx, kv_idx"
-_BY_TILE: tuple[Method, ...] = ("diagonal", "store", "workspace", "atomic")
+_BY_TILE: tuple[Method, ...] = ("diagonal", "store", "workspace", "sorted", "atomic")
 
 
 class _Collected(NamedTuple):
@@ -106,7 +106,7 @@ def functions(
 
 
 def _entries(load: Node, method: Method | None) -> int:
-    return len(load.args) if method in ("store", "atomic") else 1
+    return len(load.args) if method in ("store", "atomic") else 2 if method == "sorted" else 1
 
 
 def captured_positions(variant: Variant) -> tuple[list[int], int, int]:
@@ -152,7 +152,7 @@ class _Printer:
         tl = self.tl
         summed, at = [], 0
         for i, (load, gradient, method) in enumerate(loads):
-            self._lines([*(load.args[1:] if method in ("store", "atomic") else ()), gradient])
+            self._lines([*(load.args[1:] if method in ("store", "sorted", "atomic") else ()), gradient])
             self.body.append(f"g{i} = {tl}.where(keep, {self.names[gradient]}.to({tl}.float32), 0.0)")
             if method in ("row", "column"):
                 summed.append(f"sums[{i}] + {tl}.sum(g{i}, 1)")
@@ -173,8 +173,12 @@ class _Printer:
         if method == "diagonal":
             self.body.append(f"device.store_diagonals({target}, g{i}, tile)")
             return
-        if method == "workspace":
-            address = f"{target} + ((line + q_idx) * columns + kv_idx)"
+        if method in ("workspace", "sorted"):
+            offset = "((line + q_idx) * columns + kv_idx)"
+            address = f"{target} + {offset}"
+            if method == "sorted":
+                entries, entry = self._unpack(f"e{i}", "dcaptured", at + 1), self._entry(load)
+                self.body.append(f"{tl}.store({tl}.broadcast_to({entries} + {offset}, g{i}.shape), {entry}, mask=keep)")
         else:
             strides = [self._unpack(f"d{i}_stride{d}", "dcaptured", at + 1 + d) for d in range(len(load.args) - 1)]
             places = self._places(load)
@@ -205,9 +209,10 @@ class _Printer:
         assert isinstance(node.value, int)
         letter, first = ("f", self.first_float) if node.op is Op.FLOAT else ("i", self.first_int)
         tl, dtype = self.tl, TRITON_DTYPE[node.dtype]
-        bits = node.op is Op.FLOAT and node.dtype is DType.FLOAT64
-        value = f"{tl}.full((), captured[{first + node.value}], {tl}.{'int64' if bits else dtype})"
-        value += f".to({tl}.{dtype}, bitcast=True)" if bits else ""
+        given = {DType.FLOAT64: "int64", DType.BFLOAT16: "float32", DType.FLOAT16: "float32"}.get(node.dtype, dtype)
+        value = f"{tl}.full((), captured[{first + node.value}], {tl}.{given})"
+        if given != dtype:
+            value += f".to({tl}.{dtype}{', bitcast=True' if node.dtype is DType.FLOAT64 else ''})"
         self.header.setdefault(f"{letter}{node.value}", value)
         return f"{letter}{node.value}"
 
@@ -256,6 +261,14 @@ class _Printer:
         for d, place in enumerate(self._places(node)):
             parts.append(f"{place} * {self._unpack(f'{base}_stride{d}', 'captured', first + rank + d)}")
         return f"{self.tl}.load({' + '.join(parts)})"
+
+    def _entry(self, load: Node) -> str:
+        """The number of the entry that is read, in a contiguous tensor of the shape."""
+        entry = ""
+        for d, place in enumerate(self._places(load)):
+            size = f"c{_number(load)}_size{d}"
+            entry = f"({entry}) * {size} + {place}" if entry else place
+        return entry or "0"
 
     def _places(self, load: Node) -> list[str]:
         """Names of the position along each dimension, in range."""

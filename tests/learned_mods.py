@@ -163,15 +163,18 @@ CASES = {
 }
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
 @st.composite
-def learned_mods(draw: st.DrawFn) -> LearnedMod:
+def learned_mods(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> LearnedMod:
     """One to three learned tensors, read at one to four places, added, multiplied, or through something smooth."""
     kinds = draw(st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=3))
     tensors = tuple(
         Learned(
             "tuv"[i],
             kind,
-            draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
+            draw(st.sampled_from(dtypes)),
             draw(st.sampled_from(LAYOUTS)) if SIZES[kind] else "plain",
         )
         for i, kind in enumerate(kinds)

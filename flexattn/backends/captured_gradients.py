@@ -86,6 +86,10 @@ class CapturedGradients:
         """Add `values` to the entries that `to` reads at the indices of `inputs`, which broadcast against them."""
         self._add_at(to, values, _entries(to, tuple(self.sums[to.number].shape), inputs))
 
+    def add_entries(self, to: Access, values: Tensor, entries: Tensor) -> None:
+        """Add `values` [n] to the entries with the numbers `entries` [n], counted as in a contiguous tensor."""
+        self._add_at(to, values, entries.long())
+
     def add_rows(self, to: Access, sums: Tensor) -> None:
         """Add sums over the keys, [B, Hq, L], for a load whose index does not depend on kv_idx."""
         self._add_sums(to, sums, Pattern.ROW)

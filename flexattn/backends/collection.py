@@ -23,6 +23,7 @@ from ..templates.backward_diagonals import attention_diagonals
 from .captured_gradients import Block, CapturedGradients, block_of, inputs_of
 
 WORKSPACE = 256 << 20  # bytes of all workspaces together, unless one program needs more
+FARTHEST = 2**31 - 1  # what 32 bits hold
 SORTED = 1 << 22  # elements that are sorted at once
 DIAGONALS = 256  # that a program of the second stage sums
 
@@ -90,18 +91,17 @@ class Collection:
 
     def parts(self, tiling: Tiling, programs: int, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         """Launches of the dQ kernel: programs, and arguments. What a launch has left is added up before the next."""
-        widths = [self._width(tiling, method) for _, method in self._by_method]
-        if not any(widths):
+        widths = [n for to, method in self._by_method for n in self._widths(to, method, tiling)]
+        if not widths:
             yield programs, {"dcaptured": self._flat([]), "part": None}
             return
-        S = self.problem.key.shape[2]
         pieces = self._pieces(tiling, programs, max(1, WORKSPACE // (4 * sum(widths))))
         most = max(piece.programs for piece in pieces)
-        buffers = [self._empty(most * n) for n in widths if n]
+        buffers = [self._empty(most * n) for n in widths]
         for piece in pieces:
             for buffer in buffers:
                 buffer.zero_()  # tiles that nobody visits
-            part = Part(piece.first, piece.line, tiling.slots(S))
+            part = Part(piece.first, piece.line, tiling.slots(self.problem.key.shape[2]))
             yield piece.programs, {"dcaptured": self._flat(buffers), "part": part}
             self._reduce(buffers, piece, part, tiling, shape)
 
@@ -133,6 +133,8 @@ class Collection:
         for to, method in self._by_method:
             if method in ("diagonal", "workspace"):
                 flat.append(next(rest))
+            elif method == "sorted":
+                flat += [next(rest), next(rest).view(self._entry_type(to))]
             elif method in ("store", "atomic"):
                 target = next(stored) if method == "store" else self.gradients.sums[to.number]
                 if not target.numel():
@@ -140,10 +142,22 @@ class Collection:
                 flat += [target, *target.stride()]
         return tuple(flat)
 
-    def _width(self, tiling: Tiling, method: Method) -> int:
-        """Elements of a program in the workspace of a load."""
+    def _widths(self, to: Access, method: Method, tiling: Tiling) -> list[int]:
+        """Elements, of 4 bytes, that a program has in each workspace of a load."""
         S = self.problem.key.shape[2]
-        return {"workspace": tiling.BLOCK_M * S, "diagonal": tiling.slots(S) * tiling.slot_size()}.get(method, 0)
+        scores = tiling.BLOCK_M * S
+        match method:
+            case "diagonal":
+                return [tiling.slots(S) * tiling.slot_size()]
+            case "workspace":
+                return [scores]
+            case "sorted":
+                return [scores, scores * self._entry_type(to).itemsize // 4]
+        return []
+
+    def _entry_type(self, to: Access) -> torch.dtype:
+        """What holds the number of an entry."""
+        return torch.int64 if self.gradients.sums[to.number].numel() > FARTHEST else torch.int32
 
     def _pieces(self, tiling: Tiling, programs: int, most: int) -> list[_Piece]:
         """The grid in parts of at most `most` programs: whole heads, or parts of one."""
@@ -165,13 +179,9 @@ class Collection:
             if method == "diagonal":
                 self._sum_diagonals(next(rest), next(diagonals), piece, part, tiling, shape)
             elif method == "workspace":
-                S = self.problem.key.shape[2]
-                values = next(rest)[: piece.lines * S].view(piece.lines, S)
-                block = self.blocks[to.load]
-                if block is None:
-                    self._add_lines(to, values, piece)
-                else:
-                    self._add_heads(to, block, values, piece)
+                self._add_heads(to, next(rest), piece)
+            elif method == "sorted":
+                self._add_sorted(to, next(rest), next(rest).view(self._entry_type(to)), piece)
 
     def _sum_diagonals(
         self, workspace: Tensor, sums: Tensor, piece: _Piece, part: Part, tiling: Tiling, shape: Any
@@ -183,28 +193,23 @@ class Collection:
             workspace, sums, part, piece.programs, L, S, tiling.tiles, first, blocks, shape, SIZE=DIAGONALS, num_warps=4
         )
 
-    def _add_heads(self, to: Access, block: Block, values: Tensor, piece: _Piece) -> None:
-        """Add lines that are whole heads, or a part of one."""
+    def _add_heads(self, to: Access, workspace: Tensor, piece: _Piece) -> None:
+        """Add the lines of a DENSE load: whole heads, or a part of one."""
         L, S = self.problem.query.shape[2], self.problem.key.shape[2]
-        start, lines = piece.line % L, min(piece.lines, L)
-        heads = torch.arange(piece.line // L, piece.line // L + piece.lines // lines, device=values.device)
-        inputs = inputs_of(self.problem, self._heads(heads.view(-1, 1, 1)))
-        self.gradients.add_dense(to, block, values.view(-1, lines, S), inputs, (start, 0))
+        lines, H, block = min(piece.lines, L), self.problem.query.shape[1], self.blocks[to.load]
+        assert block is not None
+        first, number = piece.line // L, piece.lines // lines
+        head = torch.arange(first, first + number, dtype=torch.int32, device=workspace.device).view(-1, 1, 1)
+        inputs = inputs_of(self.problem, {"b": head // H, "h": head % H})
+        values = workspace[: piece.lines * S].view(number, lines, S)
+        self.gradients.add_dense(to, block, values, inputs, (piece.line % L, 0))
 
-    def _add_lines(self, to: Access, values: Tensor, piece: _Piece) -> None:
-        """Add lines, element by element, each to the entry that it has read."""
-        L, S = self.problem.query.shape[2], self.problem.key.shape[2]
-        keys = torch.arange(S, dtype=torch.int32, device=values.device)
-        step = max(1, SORTED // S)
-        for start in range(0, piece.lines, step):
-            some = values[start : start + step]
-            line = torch.arange(piece.line + start, piece.line + start + len(some), device=values.device).view(-1, 1)
-            named = self._heads(line // L) | {"q_idx": (line % L).int(), "kv_idx": keys}
-            self.gradients.add(to, some, inputs_of(self.problem, named))
-
-    def _heads(self, head: Tensor) -> dict[str, Tensor]:
-        H = self.problem.query.shape[1]
-        return {"b": (head // H).int(), "h": (head % H).int()}
+    def _add_sorted(self, to: Access, workspace: Tensor, entries: Tensor, piece: _Piece) -> None:
+        """Add elements, each to the entry that it has read."""
+        n = piece.lines * self.problem.key.shape[2]
+        for start in range(0, n, SORTED):
+            end = min(start + SORTED, n)
+            self.gradients.add_entries(to, workspace[start:end], entries[start:end])
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.problem.query.device)
@@ -222,7 +227,7 @@ def _method(problem: Problem, to: Access, block: Block | None, deterministic: bo
     if to.pattern is Pattern.DENSE and block is not None:
         return USUAL[to.pattern] if _is_exclusive(problem, to) else "workspace"
     if to.pattern in (Pattern.DENSE, Pattern.INDIRECT):
-        return "workspace" if deterministic else USUAL[Pattern.INDIRECT]
+        return "sorted" if deterministic else USUAL[Pattern.INDIRECT]
     return USUAL[to.pattern]
 
 

@@ -22,7 +22,7 @@ from flexattn.codegen.trace import trace
 
 def possible(to: Access, tensors: list[Tensor]) -> list[Method]:
     """Ways to collect the gradient of a load of one head."""
-    found: list[Method] = ["atomic", "workspace"]
+    found: list[Method] = ["atomic", "workspace", "sorted"]
     if to.q is not None and to.kv is not None:
         shape, ends = tensors[to.number].shape, ((L, to.q), (S, to.kv))
         starts = [int(evaluate([axis.offset], Inputs({}))[0]) for _, axis in ends]
@@ -55,6 +55,7 @@ def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: 
     expected: dict[Method, list[Tensor]] = {}
     found: dict[Method, list[Tensor]] = {}
     flat: list[Any] = []
+    entries: list[tuple[Access, Tensor]] = []
     for (read, root), method in zip(v.derivative.loads, methods, strict=True):
         if method is None:
             continue
@@ -67,6 +68,9 @@ def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: 
             flat += [buffer, *buffer.stride()]
         elif method in ("diagonal", "workspace"):
             flat.append(buffer)
+        elif method == "sorted":
+            entries.append((access(read), torch.zeros(L, S, dtype=torch.int32)))
+            flat += [buffer, entries[-1][1]]
     for role, method, transposed in ((made.row_grads, "row", False), (made.column_grads, "column", True)):
         sums = tuple(found.get(method, ()))
         assert (role is None) == (not sums)
@@ -76,6 +80,8 @@ def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: 
             )  # fmt: skip
     if made.tile_grads is not None:
         apply_tile_grads[(1,)](grad, score, keep, B, H, packed, tuple(flat), L, S, made.tile_grads, TILE, TILE)
+    for to, numbers in entries:
+        assert torch.equal(numbers, numbers_of(to, tensors, inputs).where(keep, 0))
     for method, wants in expected.items():
         for got, want in zip(found[method], wants, strict=True):
             if method == "diagonal":  # entries c stand for kv - q = c, and after them for c - TILE
@@ -89,7 +95,7 @@ def collected(value: Tensor, method: Method, to: Access, tensors: list[Tensor], 
         return value.sum(1)
     if method == "column":
         return value.sum(0)
-    if method == "workspace":
+    if method in ("workspace", "sorted"):
         return value
     if method == "diagonal":
         return torch.stack([value.diagonal(d).sum() for d in range(-(L - 1), S)])
@@ -98,6 +104,14 @@ def collected(value: Tensor, method: Method, to: Access, tensors: list[Tensor], 
     if index:
         return total.index_put_(tuple(i.expand(L, S) for i in index), value, accumulate=True)
     return value.sum()
+
+
+def numbers_of(to: Access, tensors: list[Tensor], inputs: Inputs) -> Tensor:
+    """The entry that each element reads, as its number in a contiguous tensor."""
+    numbers = torch.zeros(L, S, dtype=torch.int64)
+    for i, n in zip(evaluate(to.indices, inputs), tensors[to.number].shape, strict=True):
+        numbers = numbers * n + wrap_index(i, n)
+    return numbers.int()
 
 
 def diagonals_of(place: Tensor) -> Tensor:

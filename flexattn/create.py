@@ -76,7 +76,7 @@ def create_block_mask(
         raise TypeError(f"mask_mod is a {type(mask_mod).__name__}; pass a function (b, h, q_idx, kv_idx) -> bool")
     shape = _shape(B, H, Q_LEN, KV_LEN)
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if max_memory < 1:
         raise ValueError(f"max_memory is {max_memory!r}; it must be a number of bytes, such as 256 << 20")
     unsaid = B is None, H is None
@@ -113,7 +113,7 @@ def create_mask(
         [[[[1, 0, 0], [1, 1, 0]]]]
     """
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(device)
     is_score = positional_count(mod_fn) == 5
     program, captured, ints = trace(mod_fn if is_score else None, None if is_score else mod_fn, device=device)

@@ -33,7 +33,8 @@ def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr,
     if row_grads is not None:  # what rows that do not exist sum up is not stored
         sums = row_grads(sums, dmodified, raw, b, h, q_idx, kv_idx, keep, captured)
     if tile_grads is not None:
-        counted = tl.broadcast_to(q_idx < stop_m, qk.shape) & keep
+        # The comparison makes a mask of it for Triton's interpreter (3.9), whose `&` of bools is an integer.
+        counted = (tl.broadcast_to(q_idx < stop_m, qk.shape) & keep) != 0
         slot = row_of_slots + slot_of(start_n, shape.SPARSE_KV, shape.BLOCK_N)
         tile_grads(dmodified, raw, b, h, q_idx, kv_idx, counted, captured, dcaptured, line, S, slot)
     return product(ds.to(k_tile.dtype), k_tile, dq_acc, shape.PRECISION), sums

@@ -387,3 +387,11 @@ def test_building_evaluates_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     whole = create_block_mask(mask, 3, 2, 160, 160, "cpu", 20)
     assert torch.equal(dense_of(pieces), dense_of(whole))
     assert torch.equal(pieces.kv_num_blocks, whole.kv_num_blocks) and torch.equal(pieces.kv_indices, whole.kv_indices)
+
+
+def test_a_build_for_gpus_without_one_makes_masks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    assert create_block_mask(masks.causal_mask, None, None, 64, 64).kv_num_blocks.device.type == "cpu"

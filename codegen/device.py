@@ -104,11 +104,11 @@ def shift_right(x, y, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_diagonals(ptr, x, tile):
-    """Store the sums along the diagonals of a tile [M, N] at the `tile`-th place of a workspace.
+def store_diagonals(sums, firsts, x, first, tile):
+    """Store the sums along the diagonals of a tile [M, N] as number `tile` of a workspace, and what diagonal is the `first`.
 
-    Entry w * N + c of a place, which has as many multiples of N as hold M + N - 1 entries, is the sum of all x[i, j] with
-    j - i = c - w * N.
+    Entry (WRAPS - 1 - w) * N + c, in order, is the sum of all x[i, j] with j - i = c - w * N; WRAPS is as many multiples of N
+    as hold M + N - 1 entries. `first` is kv_idx - q_idx of x[0, 0].
     """
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
@@ -116,9 +116,20 @@ def store_diagonals(ptr, x, tile):
     column = tl.arange(0, N)
     along = tl.arange(0, M)[:, None] + column[None, :]  # i + c, which is j + w * N
     skewed = tl.gather(x, along % N, 1)
-    at = ptr + tile.to(tl.int64) * (WRAPS * N) + column
+    at = sums + tile * (WRAPS * N) + column
     for w in tl.static_range(WRAPS):
-        tl.store(at + w * N, tl.sum(tl.where(along // N == w, skewed, 0.0), 0))
+        tl.store(at + (WRAPS - 1 - w) * N, tl.sum(tl.where(along // N == w, skewed, 0.0), 0))
+    tl.store(firsts + tile, first - (WRAPS - 1) * N)
+
+
+@triton.jit
+def store_elements(values, entries, x, entry, tile):
+    """Store a tile [M, N], and the entry that each element belongs to, as number `tile` of two workspaces."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    at = tile * (M * N) + (tl.arange(0, M) * N)[:, None] + tl.arange(0, N)[None, :]
+    tl.store(values + at, x)
+    tl.store(entries + at, tl.broadcast_to(entry, x.shape))
 
 
 @triton.jit

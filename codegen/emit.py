@@ -5,15 +5,16 @@
     score_mod_grad(grad, score, b, h, q_idx, kv_idx, captured)           d loss / d score
     row_grads(sums, grad, score, b, h, q_idx, kv_idx, keep, captured)    sums + gradients of captured tensors, over axis 1
     column_grads(...)                                                    the same, for a tile that lies transposed
-    tile_grads(grad, score, b, h, q_idx, kv_idx, keep, captured, dcaptured, line, columns, tile)
+    tile_grads(grad, score, b, h, q_idx, kv_idx, keep, captured, dcaptured, line, columns, tile, first)
                                                                          puts gradients of captured tensors where they belong
 
 Indices and scores are tensors that broadcast against the score's tile. `captured` is a flat tuple: pointer, sizes and
 strides of c0, the same of c1, ..., the run-time floats, the run-time ints. A kernel takes a Python float as float32, so a
 run-time float64 comes as the integer of its bits. `sums` holds a float32 vector for each load that is summed. `dcaptured` is
-flat, too: the buffer of each load that goes by tile, its strides where it has the tensor's shape, and the numbers of its
-entries if it is to be sorted by them. Element (q, kv) of a workspace stands at (line + q) * columns + kv, and the diagonals
-of the tile are at number `tile`. The text is the same for the same graph.
+flat, too: the buffer of each load that goes by tile, and its strides where it has the tensor's shape, or a second buffer for
+the first diagonals of tiles, or the entries of elements. Element (q, kv) of a workspace stands at (line + q) * columns + kv,
+if it is not by tiles, of which this is number `tile`, with `first` the kv_idx - q_idx of its first element. The text is the
+same for the same graph.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def functions(
 
 
 def _entries(load: Node, method: Method | None) -> int:
-    return len(load.args) if method in ("store", "atomic") else 2 if method == "sorted" else 1
+    return {"store": len(load.args), "atomic": len(load.args), "workspace": 1}.get(str(method), 2)
 
 
 def captured_positions(variant: Variant) -> tuple[list[int], int, int]:
@@ -162,7 +163,7 @@ class _Printer:
         rest = f"grad, score, {_INDICES}, keep, captured"
         note = gradients(None, [(c.load, c.gradient) for c in loads])
         if not summed:
-            return self._finish(f"{rest}, dcaptured, line, columns, tile", note)
+            return self._finish(f"{rest}, dcaptured, line, columns, tile, first", note)
         self.body.append(f"return ({', '.join(summed)},)")
         return self._finish(f"sums, {rest}", note)
 
@@ -170,15 +171,15 @@ class _Printer:
         """Lines that put the gradients `g{i}` of a tile into the buffer at `dcaptured[at]`."""
         tl = self.tl
         target = self._unpack(f"d{i}", "dcaptured", at)
-        if method == "diagonal":
-            self.body.append(f"device.store_diagonals({target}, g{i}, tile)")
+        if method in ("diagonal", "sorted"):
+            second = self._unpack(f"e{i}", "dcaptured", at + 1)
+            if method == "diagonal":
+                self.body.append(f"device.store_diagonals({target}, {second}, g{i}, first, tile)")
+            else:
+                self.body.append(f"device.store_elements({target}, {second}, g{i}, {self._entry(load)}, tile)")
             return
-        if method in ("workspace", "sorted"):
-            offset = "((line + q_idx) * columns + kv_idx)"
-            address = f"{target} + {offset}"
-            if method == "sorted":
-                entries, entry = self._unpack(f"e{i}", "dcaptured", at + 1), self._entry(load)
-                self.body.append(f"{tl}.store({tl}.broadcast_to({entries} + {offset}, g{i}.shape), {entry}, mask=keep)")
+        if method == "workspace":
+            address = f"{target} + ((line + q_idx) * columns + kv_idx)"
         else:
             strides = [self._unpack(f"d{i}_stride{d}", "dcaptured", at + 1 + d) for d in range(len(load.args) - 1)]
             places = self._places(load)

@@ -35,7 +35,7 @@ class Lists(NamedTuple):
 class Part(NamedTuple):
     """A part of a grid, of which a workspace holds what the tiles give.
 
-    first: its first program. line: its first line, of B * Hq * L. slots: key tiles of a program.
+    first: its first program. line: its first line, of B * Hq * L. slots: tiles that a program may visit.
     """
 
     first: Any

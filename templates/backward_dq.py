@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .block_walk import find_row, masked_tile, plain_tile, slot_of, tile_counts, tile_of_program
+from .block_walk import find_row, masked_tile, plain_tile, tile_counts, tile_of_program
 from .gradient import load_row_statistics, score_gradients
 from .memory import load_tile, slice_of, store_tile
 from .names import kernel_name
@@ -14,12 +14,12 @@ from .scores import log2_factor
 
 
 @triton.jit
-def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m,
-              b, h, S, scale, factor, captured, dcaptured, line, row_of_slots, shape, score_mod: tl.constexpr,
+def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, start_m, stop_m,
+              b, h, S, scale, factor, captured, dcaptured, line, slot, shape, score_mod: tl.constexpr,
               mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, row_grads: tl.constexpr, tile_grads: tl.constexpr,
               MASKED: tl.constexpr):  # fmt: skip
     """dq, before the scale, and the sums of captured gradients, plus what the keys from `start_n` on contribute."""
-    offs_n = start_n + tl.arange(0, shape.BLOCK_N)
+    offs_m, offs_n = start_m + tl.arange(0, shape.BLOCK_M), start_n + tl.arange(0, shape.BLOCK_N)
     q_idx, kv_idx = offs_m[:, None], offs_n[None, :]
     k_tile = load_tile(k_ptr, k, start_n, stop_n, shape.BLOCK_N, shape.D, shape.BLOCK_D, MASKED, shape.OFFSET)
     v_tile = load_tile(v_ptr, v, start_n, stop_n, shape.BLOCK_N, shape.DV, shape.BLOCK_DV, MASKED, shape.OFFSET)
@@ -35,8 +35,7 @@ def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr,
     if tile_grads is not None:
         # The comparison makes a mask of it for Triton's interpreter (3.9), whose `&` of bools is an integer.
         counted = (tl.broadcast_to(q_idx < stop_m, qk.shape) & keep) != 0
-        slot = row_of_slots + slot_of(start_n, shape.SPARSE_KV, shape.BLOCK_N)
-        tile_grads(dmodified, raw, b, h, q_idx, kv_idx, counted, captured, dcaptured, line, S, slot)
+        tile_grads(dmodified, raw, b, h, q_idx, kv_idx, counted, captured, dcaptured, line, S, slot, start_n - start_m)
     return product(ds.to(k_tile.dtype), k_tile, dq_acc, shape.PRECISION), sums
 
 
@@ -51,9 +50,9 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_su
     `part` is the part of the grid that is launched, None for all of it; its workspaces are in `dcaptured`.
     """
     program = tl.program_id(0)
-    row_of_slots = program.to(tl.int64)
+    slot = program.to(tl.int64)  # of the next tile, in a workspace
     if part is not None:
-        row_of_slots *= part.slots
+        slot *= part.slots
         program += part.first
     t = program % tiles
     bh = program // tiles
@@ -82,15 +81,15 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_su
             partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED
         )  # fmt: skip
         acc, sums = _add_keys(
-            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, offs_m, stop_m,
-            b, h, S, scale, factor, captured, dcaptured, line, row_of_slots, shape, score_mod, mask_mod,
+            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, start_m, stop_m,
+            b, h, S, scale, factor, captured, dcaptured, line, slot + i, shape, score_mod, mask_mod,
             score_mod_grad, row_grads, tile_grads, True,
         )  # fmt: skip
     for i in tl.range(0, plain_tiles):
         start_n = plain_tile(full, i, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED, shape.CONTIGUOUS)
         acc, sums = _add_keys(
-            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, S, True, offs_m, stop_m,
-            b, h, S, scale, factor, captured, dcaptured, line, row_of_slots, shape, score_mod, mask_mod,
+            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, S, True, start_m, stop_m,
+            b, h, S, scale, factor, captured, dcaptured, line, slot + masked_tiles + i, shape, score_mod, mask_mod,
             score_mod_grad, row_grads, tile_grads, False,
         )  # fmt: skip
     store_tile(

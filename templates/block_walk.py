@@ -88,13 +88,6 @@ def plain_tile(full, i, SPARSE: tl.constexpr, TILE: tl.constexpr, LISTED: tl.con
 
 
 @triton.jit
-def slot_of(start, SPARSE: tl.constexpr, TILE: tl.constexpr):
-    """The number of the tile that begins at `start`, counted along the whole axis."""
-    TILES: tl.constexpr = (SPARSE + TILE - 1) // TILE
-    return start // SPARSE * TILES + start % SPARSE // TILE
-
-
-@triton.jit
 def tile_of_program(t, length, SPARSE: tl.constexpr, TILE: tl.constexpr):
     """Tile `t` of the axis that programs divide: its block, its first index, the index it ends before."""
     TILES: tl.constexpr = (SPARSE + TILE - 1) // TILE

@@ -120,7 +120,7 @@ class CapturedGradients:
         if total.shape[0] == 1 or slab is None:
             target += values.reshape(-1, rows, columns).sum(0)
         else:
-            _scatter(target, slab.expand(shape).reshape(-1), values.reshape(-1, rows, columns))
+            scatter(target, slab.expand(shape).reshape(-1), values.reshape(-1, rows, columns))
 
     def results(self) -> list[Tensor]:
         """The gradients of the wanted tensors, in their dtypes, on their devices."""
@@ -161,7 +161,7 @@ class CapturedGradients:
             total += values.sum()
         elif total.numel():
             values = _summed(values.to(total.dtype), entries.shape)
-            _scatter(total.view(-1), entries.expand(values.shape).reshape(-1), values.reshape(-1))
+            scatter(total.view(-1), entries.expand(values.shape).reshape(-1), values.reshape(-1))
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -230,7 +230,7 @@ def _summed(values: Tensor, shape: Sequence[int]) -> Tensor:
     return values.sum(axes, keepdim=True) if axes else values
 
 
-def _scatter(total: Tensor, index: Tensor, values: Tensor) -> None:
+def scatter(total: Tensor, index: Tensor, values: Tensor) -> None:
     """`total[index[i]] += values[i]` along the first axis, in an order that is the same in every run."""
     if not total.is_cuda:
         found = index.tolist() if total.dim() > 1 else []

@@ -7,6 +7,7 @@ the grid is launched in parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,31 +20,40 @@ from ..codegen.ir import Op
 from ..codegen.linear import collect
 from ..problem import Problem
 from ..templates.arguments import Part
-from ..templates.backward_diagonals import attention_diagonals
-from .captured_gradients import Block, CapturedGradients, block_of, inputs_of
+from .captured_gradients import Block, CapturedGradients, block_of, inputs_of, scatter
 
 WORKSPACE = 256 << 20  # bytes of all workspaces together, unless one program needs more
 FARTHEST = 2**31 - 1  # what 32 bits hold
 SORTED = 1 << 22  # elements that are sorted at once
-DIAGONALS = 256  # that a program of the second stage sums
+# Entries for what tiles that nobody visited have left: many, since the values of one are added one after another.
+UNUSED = 1 << 10
+NOWHERE = -(2**31)  # the first diagonal of such a tile
 
 
 class Tiling(NamedTuple):
-    """What a configuration makes of a grid: sizes of tiles and blocks, and tiles of queries a head."""
+    """What a configuration makes of a grid: sizes of tiles and blocks, and tiles of queries a head.
+
+    blocks: how many blocks of keys a program may visit.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     SPARSE_Q: int
     SPARSE_KV: int
     tiles: int
+    blocks: int
 
-    def slots(self, S: int) -> int:
-        """Key tiles of a program."""
-        return -(-S // self.SPARSE_KV) * -(-self.SPARSE_KV // self.BLOCK_N)
+    def slots(self) -> int:
+        """Tiles that a program may visit."""
+        return self.blocks * -(-self.SPARSE_KV // self.BLOCK_N)
 
-    def slot_size(self) -> int:
-        """Elements that `store_diagonals` writes for a tile."""
+    def diagonals(self) -> int:
+        """Sums that `store_diagonals` writes for a tile."""
         return (self.BLOCK_M + 2 * self.BLOCK_N - 2) // self.BLOCK_N * self.BLOCK_N
+
+    def step(self) -> int:
+        """What divides the first diagonal of every tile."""
+        return math.gcd(self.BLOCK_M, self.BLOCK_N, self.SPARSE_Q, self.SPARSE_KV)
 
     def start(self, t: int) -> int:
         """The first query of tile `t`."""
@@ -86,24 +96,24 @@ class Collection:
         B, H, L, _ = problem.query.shape
         self.rows = tuple(self._empty(B, H, L) for _ in self._with("row"))
         self.columns = tuple(self._empty(B, H, problem.key.shape[2]) for _ in self._with("column"))
-        self._diagonals = [self._zeros(B, H, L + problem.key.shape[2] - 1) for _ in self._with("diagonal")]
+        self._diagonals: list[_Diagonals] = []
         self._stored = [torch.zeros_like(self.gradients.sums[to.number]) for to in self._with("store")]
 
-    def parts(self, tiling: Tiling, programs: int, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    def parts(self, tiling: Tiling, programs: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Launches of the dQ kernel: programs, and arguments. What a launch has left is added up before the next."""
         widths = [n for to, method in self._by_method for n in self._widths(to, method, tiling)]
         if not widths:
             yield programs, {"dcaptured": self._flat([]), "part": None}
             return
-        pieces = self._pieces(tiling, programs, max(1, WORKSPACE // (4 * sum(widths))))
+        pieces = self._pieces(tiling, programs, max(1, WORKSPACE // max(1, 4 * sum(widths))))
         most = max(piece.programs for piece in pieces)
         buffers = [self._empty(most * n) for n in widths]
+        self._diagonals = [_Diagonals.of(self.problem, tiling) for _ in self._with("diagonal")]
         for piece in pieces:
-            for buffer in buffers:
-                buffer.zero_()  # tiles that nobody visits
-            part = Part(piece.first, piece.line, tiling.slots(self.problem.key.shape[2]))
+            self._clear(buffers)
+            part = Part(piece.first, piece.line, tiling.slots())
             yield piece.programs, {"dcaptured": self._flat(buffers), "part": part}
-            self._reduce(buffers, piece, part, tiling, shape)
+            self._reduce(buffers, piece, tiling)
 
     def results(self) -> list[Tensor]:
         """The gradients, once all kernels have run."""
@@ -113,8 +123,8 @@ class Collection:
             "diagonal": self.gradients.add_diagonals,
             "store": self._add_stored,
         }
-        own = {"row": iter(self.rows), "column": iter(self.columns), "diagonal": iter(self._diagonals)}
-        own["store"] = iter(self._stored)
+        own = {"row": iter(self.rows), "column": iter(self.columns), "store": iter(self._stored)}
+        own["diagonal"] = iter([d.result(self.problem) for d in self._diagonals])
         for to, method in self._by_method:
             if method in put:
                 put[method](to, next(own[method]))
@@ -131,10 +141,10 @@ class Collection:
         flat: list[Any] = []
         rest, stored = iter(buffers), iter(self._stored)
         for to, method in self._by_method:
-            if method in ("diagonal", "workspace"):
+            if method == "workspace":
                 flat.append(next(rest))
-            elif method == "sorted":
-                flat += [next(rest), next(rest).view(self._entry_type(to))]
+            elif method in ("diagonal", "sorted"):
+                flat += [next(rest), next(rest).view(self._entry_type(to) if method == "sorted" else torch.int32)]
             elif method in ("store", "atomic"):
                 target = next(stored) if method == "store" else self.gradients.sums[to.number]
                 if not target.numel():
@@ -144,20 +154,30 @@ class Collection:
 
     def _widths(self, to: Access, method: Method, tiling: Tiling) -> list[int]:
         """Elements, of 4 bytes, that a program has in each workspace of a load."""
-        S = self.problem.key.shape[2]
-        scores = tiling.BLOCK_M * S
         match method:
             case "diagonal":
-                return [tiling.slots(S) * tiling.slot_size()]
+                return [tiling.slots() * tiling.diagonals(), tiling.slots()]
             case "workspace":
-                return [scores]
+                return [tiling.BLOCK_M * self.problem.key.shape[2]]
             case "sorted":
-                return [scores, scores * self._entry_type(to).itemsize // 4]
+                elements = tiling.slots() * tiling.BLOCK_M * tiling.BLOCK_N
+                return [elements, elements * self._entry_type(to).itemsize // 4]
         return []
 
     def _entry_type(self, to: Access) -> torch.dtype:
         """What holds the number of an entry."""
         return torch.int64 if self.gradients.sums[to.number].numel() > FARTHEST else torch.int32
+
+    def _clear(self, buffers: Sequence[Tensor]) -> None:
+        """Set what must be known of tiles that nobody visits."""
+        rest = iter(buffers)
+        for _, method in self._by_method:
+            if method == "diagonal":
+                next(rest), next(rest).view(torch.int32).fill_(NOWHERE)
+            elif method == "workspace":
+                next(rest).zero_()
+            elif method == "sorted":
+                next(rest).zero_(), next(rest).zero_()
 
     def _pieces(self, tiling: Tiling, programs: int, most: int) -> list[_Piece]:
         """The grid in parts of at most `most` programs: whole heads, or parts of one."""
@@ -172,26 +192,17 @@ class Collection:
             first = stop
         return pieces
 
-    def _reduce(self, buffers: Sequence[Tensor], piece: _Piece, part: Part, tiling: Tiling, shape: Any) -> None:
+    def _reduce(self, buffers: Sequence[Tensor], piece: _Piece, tiling: Tiling) -> None:
         """Add up what a launch has left in its workspaces."""
         rest, diagonals = iter(buffers), iter(self._diagonals)
         for to, method in self._by_method:
             if method == "diagonal":
-                self._sum_diagonals(next(rest), next(diagonals), piece, part, tiling, shape)
+                next(diagonals).add(next(rest), next(rest).view(torch.int32), piece, tiling)
             elif method == "workspace":
                 self._add_heads(to, next(rest), piece)
             elif method == "sorted":
-                self._add_sorted(to, next(rest), next(rest).view(self._entry_type(to)), piece)
-
-    def _sum_diagonals(
-        self, workspace: Tensor, sums: Tensor, piece: _Piece, part: Part, tiling: Tiling, shape: Any
-    ) -> None:
-        L, S = self.problem.query.shape[2], self.problem.key.shape[2]
-        blocks = -(-(L + S - 1) // DIAGONALS)
-        first, last = piece.first // tiling.tiles, (piece.first + piece.programs - 1) // tiling.tiles
-        attention_diagonals[(blocks * (last - first + 1),)](
-            workspace, sums, part, piece.programs, L, S, tiling.tiles, first, blocks, shape, SIZE=DIAGONALS, num_warps=4
-        )
+                n = piece.programs * tiling.slots() * tiling.BLOCK_M * tiling.BLOCK_N
+                self._add_sorted(to, next(rest)[:n], next(rest).view(self._entry_type(to))[:n])
 
     def _add_heads(self, to: Access, workspace: Tensor, piece: _Piece) -> None:
         """Add the lines of a DENSE load: whole heads, or a part of one."""
@@ -204,18 +215,51 @@ class Collection:
         values = workspace[: piece.lines * S].view(number, lines, S)
         self.gradients.add_dense(to, block, values, inputs, (piece.line % L, 0))
 
-    def _add_sorted(self, to: Access, workspace: Tensor, entries: Tensor, piece: _Piece) -> None:
+    def _add_sorted(self, to: Access, values: Tensor, entries: Tensor) -> None:
         """Add elements, each to the entry that it has read."""
-        n = piece.lines * self.problem.key.shape[2]
-        for start in range(0, n, SORTED):
-            end = min(start + SORTED, n)
-            self.gradients.add_entries(to, workspace[start:end], entries[start:end])
+        for some, their in zip(values.split(SORTED), entries.split(SORTED), strict=True):
+            self.gradients.add_entries(to, some, their)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.problem.query.device)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=self.problem.query.device)
+
+class _Diagonals(NamedTuple):
+    """Sums [B * Hq * pieces + UNUSED, step]: those of a head, in pieces of `step`, begin `before` diagonals below 0."""
+
+    sums: Tensor
+    heads: int
+    pieces: int
+    before: int
+
+    @classmethod
+    def of(cls, problem: Problem, tiling: Tiling) -> _Diagonals:
+        """Zeros, for whatever the tiles of a problem may reach."""
+        (B, H, L, _), S, step = problem.query.shape, problem.key.shape[2], tiling.step()
+        before = -(-(L + tiling.diagonals()) // step) * step
+        pieces = -(-(before + S + tiling.diagonals()) // step)
+        sums = torch.zeros(B * H * pieces + UNUSED, step, dtype=torch.float32, device=problem.query.device)
+        return cls(sums, B * H, pieces, before)
+
+    def add(self, workspace: Tensor, firsts: Tensor, piece: _Piece, tiling: Tiling) -> None:
+        """Add what `store_diagonals` has written for each tile of a part of the grid."""
+        n, step = piece.programs * tiling.slots(), self.sums.shape[1]
+        each = tiling.diagonals() // step  # pieces of a tile
+        first = firsts[:n].long()
+        number = torch.arange(n, device=first.device)
+        head = (piece.first + number // max(1, tiling.slots())) // tiling.tiles
+        visited = first != NOWHERE
+        row = torch.where(
+            visited, head * self.pieces + (first + self.before) // step, self.heads * self.pieces + number % UNUSED
+        )
+        rows = row.view(-1, 1) + visited.view(-1, 1) * torch.arange(each, device=first.device)
+        scatter(self.sums, rows.view(-1), workspace[: n * tiling.diagonals()].view(-1, step))
+
+    def result(self, problem: Problem) -> Tensor:
+        """The sums with kv_idx - q_idx = -(L - 1), ..., S - 1: [B, Hq, L + S - 1]."""
+        (B, H, L, _), S = problem.query.shape, problem.key.shape[2]
+        used = self.sums[: self.heads * self.pieces].view(B, H, -1)
+        return used[..., self.before - (L - 1) : self.before + S]
 
 
 def is_deterministic(options: Mapping[str, Any]) -> bool:

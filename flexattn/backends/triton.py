@@ -130,10 +130,12 @@ def dq_call(
     call = _call(attention_backward_dq, "dq", problem, matrices, arguments, made, options)
 
     def parts(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-        shape = shaped["shape"]
-        sizes = {name: getattr(shape, name) for name in ("BLOCK_M", "BLOCK_N", "SPARSE_Q", "SPARSE_KV")}
-        tiling = Tiling(**{name: getattr(n, "value", n) for name, n in sizes.items()}, tiles=shaped["tiles"])
-        return collection.parts(tiling, programs, shape)
+        members = {name: getattr(shaped["shape"], name) for name in ("BLOCK_M", "BLOCK_N", "SPARSE_Q", "SPARSE_KV")}
+        sizes = {name: int(getattr(n, "value", n)) for name, n in members.items()}
+        lists: Lists | None = shaped["lists"]
+        columns = -(-problem.key.shape[2] // sizes["SPARSE_KV"])
+        blocks = columns if lists is None else lists.partial_columns + lists.full_columns
+        return collection.parts(Tiling(**sizes, tiles=shaped["tiles"], blocks=blocks), programs)
 
     return call._replace(parts=parts)
 

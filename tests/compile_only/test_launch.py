@@ -26,8 +26,8 @@ def test_kernels_are_launched_with_their_operands(tmp_path: Path) -> None:
     for head, *lines in cases:
         name, query = head.split()
         launches = [list(map(int, line.split()[1:])) for line in lines if line.startswith("launch")]
-        # forward, delta, dQ, what sums up diagonals, dK/dV
-        own = [True, False, True, False, True] if name == "tiles" else [True, False, True, True]
+        # forward, delta, dQ, dK/dV
+        own = [True, False, True, True]
         assert all(y == z == 1 for _, y, z, _, _ in launches), "grids have one dimension"
         # The first parameter of all but delta is the query; tiles of 128 or less, 2 batch entries and 4 heads.
         assert [pointer == int(query) for *_, pointer in launches] == own, (name, lines)

@@ -60,4 +60,4 @@ def apply_tile_grads(grad, score, keep, b, h, captured, dcaptured, L, S, f: tl.c
     scores = tl.load(score + at, mask=inside, other=0.0)
     grads = tl.load(grad + at, mask=inside, other=0.0)
     zero = tl.zeros((), tl.int64)
-    f(grads, scores, b, h, q_idx, kv_idx, kept, captured, dcaptured, zero, S, zero)
+    f(grads, scores, b, h, q_idx, kv_idx, kept, captured, dcaptured, zero, S, zero, 0)

@@ -143,7 +143,7 @@ def test_parts_of_a_grid_cover_each_program_and_each_line_once(
     (L, S), (tile, block) = lengths, sizes
     found = Collection(problem_of("pair bias", Shape(2, 3, 1, L, S, 16, 8, (16, 16), False)), [0])
     starts = [begin + i for begin in range(0, L, block) for i in range(0, min(block, L - begin), tile)]
-    tiling = Tiling(tile, 16, block, 16, len(starts))
+    tiling = Tiling(tile, 16, block, 16, len(starts), blocks=1)
     assert [tiling.start(t) for t in range(len(starts))] == starts
     heads, lines, programs = 2 * 3, [], []
     for piece in found._pieces(tiling, heads * len(starts), most):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,20 +57,25 @@ def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: 
     found: dict[Method, list[Tensor]] = {}
     flat: list[Any] = []
     entries: list[tuple[Access, Tensor]] = []
+    firsts: list[Tensor] = []
     for (read, root), method in zip(v.derivative.loads, methods, strict=True):
         if method is None:
             continue
         (value,) = evaluate([root], inputs)
         value = torch.where(keep, value, 0.0).double().expand(L, S)
         expected.setdefault(method, []).append(collected(value, method, access(read), tensors, inputs))
-        buffer = torch.zeros(2 * TILE if method == "diagonal" else expected[method][-1].shape)
+        sizes = {"diagonal": (2 * TILE,), "sorted": (TILE, TILE)}
+        buffer = torch.full(sizes[method], math.nan) if method in sizes else torch.zeros(expected[method][-1].shape)
         found.setdefault(method, []).append(buffer)
         if method in ("store", "atomic"):
             flat += [buffer, *buffer.stride()]
-        elif method in ("diagonal", "workspace"):
+        elif method == "workspace":
             flat.append(buffer)
+        elif method == "diagonal":
+            firsts.append(torch.zeros(1, dtype=torch.int32))
+            flat += [buffer, firsts[-1]]
         elif method == "sorted":
-            entries.append((access(read), torch.zeros(L, S, dtype=torch.int32)))
+            entries.append((access(read), torch.zeros(TILE, TILE, dtype=torch.int32)))
             flat += [buffer, entries[-1][1]]
     for role, method, transposed in ((made.row_grads, "row", False), (made.column_grads, "column", True)):
         sums = tuple(found.get(method, ()))
@@ -81,11 +87,15 @@ def test_law_6_emitted_captured_gradients_are_those_of_evaluate(mod: Mod, data: 
     if made.tile_grads is not None:
         apply_tile_grads[(1,)](grad, score, keep, B, H, packed, tuple(flat), L, S, made.tile_grads, TILE, TILE)
     for to, numbers in entries:
-        assert torch.equal(numbers, numbers_of(to, tensors, inputs).where(keep, 0))
+        assert torch.equal(numbers[:L, :S], numbers_of(to, tensors, inputs))
+    assert all(t.item() == -TILE for t in firsts)
     for method, wants in expected.items():
         for got, want in zip(found[method], wants, strict=True):
-            if method == "diagonal":  # entries c stand for kv - q = c, and after them for c - TILE
-                got = diagonals_of(got)
+            if method == "diagonal":  # from kv - q = -TILE on
+                got = got[TILE - (L - 1) : TILE + S]
+            elif method == "sorted":
+                assert not got[L:].any() and not got[:, S:].any()
+                got = got[:L, :S]
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -112,8 +122,3 @@ def numbers_of(to: Access, tensors: list[Tensor], inputs: Inputs) -> Tensor:
     for i, n in zip(evaluate(to.indices, inputs), tensors[to.number].shape, strict=True):
         numbers = numbers * n + wrap_index(i, n)
     return numbers.int()
-
-
-def diagonals_of(place: Tensor) -> Tensor:
-    """A place of `store_diagonals`, in the order of kv - q."""
-    return torch.cat([place[TILE:], place[:TILE]])[TILE - (L - 1) : TILE + S]

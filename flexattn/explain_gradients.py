@@ -26,7 +26,10 @@ WORDS: dict[Pattern, tuple[tuple[str, ...], str]] = {
         ("key",),
         "summed in registers over the queries in the dK/dV kernel, one float32 per key: no atomics",
     ),
-    Pattern.DIAGONAL: (("kv_idx - q_idx",), "diagonal sums of each tile, added up by a second kernel: no atomics"),
+    Pattern.DIAGONAL: (
+        ("kv_idx - q_idx",),
+        "summed along the diagonals of each tile, then added up in a fixed order: no atomics",
+    ),
     Pattern.DENSE: (("query", "key"), "each element written once, plain stores, no atomics"),
     Pattern.INDIRECT: (
         (),

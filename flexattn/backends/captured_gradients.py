@@ -169,6 +169,8 @@ class CapturedGradients:
 
 def contributions(problem: Problem, wanted: Sequence[int]) -> list[Contribution]:
     """The contributions to the wanted captured tensors; one that does not depend on the loss is zero and left out."""
+    if not wanted:
+        return []
     found = [Contribution(access(load), gradient) for load, gradient in problem.variant.derivative.loads]
     return [c for c in found if c.access.number in wanted and "grad" in c.gradient.axes]
 

@@ -247,7 +247,9 @@ class _Printer:
         if all(a.is_const for a in node.args):  # an operation on literals would be Python's, not the device's
             args = [typed(a, tl) for a in node.args]
         if node.op is Op.CAST:
-            return f"{args[0]}.to({dtype})"
+            # Of an integer a bfloat16 is made by way of float32, on a GPU as well; Triton's interpreter takes its bits.
+            by = f".to({tl}.float32)" if node.dtype is DType.BFLOAT16 and not node.lhs.dtype.is_float else ""
+            return f"{args[0]}{by}.to({dtype})"
         if node.lhs.dtype not in _LOW or node.op is Op.WHERE:
             return SPELLING[node.op](node, args, tl)
         raised = [f"{a}.to({tl}.float32)" for a in args]
@@ -269,7 +271,7 @@ class _Printer:
         for d, place in enumerate(self._places(load)):
             size = f"c{_number(load)}_size{d}"
             entry = f"({entry}) * {size} + {place}" if entry else place
-        return entry or "0"
+        return entry or f"{self.tl}.zeros((), {self.tl}.int32)"
 
     def _places(self, load: Node) -> list[str]:
         """Names of the position along each dimension, in range."""

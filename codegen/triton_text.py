@@ -157,7 +157,9 @@ def literal(node: Node, tl: str) -> str:
 
 
 def typed(node: Node, tl: str) -> str:
-    """A constant as a scalar of its own type."""
+    """A constant as a scalar of its own type; one of bfloat16, which Triton's interpreter lacks, by way of float32."""
+    if node.dtype is DType.BFLOAT16:
+        return f"{tl}.full((), {_number_text(node)}, {tl}.float32).to({tl}.bfloat16)"
     return f"{tl}.full((), {_number_text(node)}, {tl}.{TRITON_DTYPE[node.dtype]})"
 
 

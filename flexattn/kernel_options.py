@@ -77,6 +77,11 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"kernel option {name!r} has no meaning: BLOCK_M and BLOCK_N are tiles of the forward, BLOCK_M1 and BLOCK_N1 "
                 "of the backward's dK/dV pass, BLOCK_M2 and BLOCK_N2 of its dQ pass"
             )
+        if name == "fwd_DETERMINISTIC":
+            raise ValueError(
+                f"kernel option {name!r} has no meaning: it is the backward that may differ from run to run; write "
+                "'DETERMINISTIC' or 'bwd_DETERMINISTIC'"
+            )
         kind = OPTIONS[bare].kind
         if not _fits(kind, value):
             allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"

@@ -108,13 +108,13 @@ class CapturedGradients:
         `inputs` holds b and h, which broadcast against the leading dimensions. Values may be a buffer that is reused.
         """
         assert to.q is not None and to.kv is not None
+        if not values.numel():
+            return
         total = self._dense_sum(to)
         rows, columns = values.shape[-2:]
         q, kv = block.q + start[0], block.kv + start[1]
         target = total[:, q : q + rows, kv : kv + columns]
-        others = [d for d in range(len(to.indices)) if d not in (to.q.dim, to.kv.dim)]
-        sizes = self.problem.captured[to.number].shape
-        slab = _flat(evaluate([to.indices[d] for d in others], inputs), [sizes[d] for d in others])
+        slab = self._slab(to, inputs)
         shape = (1,) * values.dim() if slab is None else (1,) * (values.dim() - slab.dim()) + tuple(slab.shape)
         values = _summed(values.to(total.dtype), (*shape[:-2], rows, columns))
         if total.shape[0] == 1 or slab is None:
@@ -122,12 +122,40 @@ class CapturedGradients:
         else:
             scatter(target, slab.expand(shape).reshape(-1), values.reshape(-1, rows, columns))
 
+    def add_dense_beyond(self, to: Access, values: Tensor, inputs: Inputs, start: int) -> None:
+        """Add `values` [heads, rows, S], from query `start` on, for a DENSE load that reads beyond an end of its tensor.
+
+        There it reads the entry at the border, or from the other end, so that elements share entries.
+        """
+        assert to.q is not None and to.kv is not None
+        total = self._dense_sum(to)
+        heads, rows, S = values.shape
+        _, n_q, n_kv = total.shape
+        numbers = self.problem.floats, self.problem.ints, self.device
+        position = {"q_idx": torch.arange(start, start + rows, dtype=torch.int32, device=self.device)}
+        position["kv_idx"] = torch.arange(S, dtype=torch.int32, device=self.device)
+        q, kv = evaluate([to.indices[to.q.dim], to.indices[to.kv.dim]], Inputs(position, (), *numbers))
+        by_key = self._zeros((n_kv, heads * rows))
+        scatter(by_key, wrap_index(kv, n_kv), values.reshape(-1, S).T)
+        slab, line = self._slab(to, inputs), wrap_index(q, n_q)
+        line = (line if slab is None else slab.view(-1, 1) * n_q + line).expand(heads, rows)
+        added = self._zeros(total.shape)  # apart, since the sums may lie in any order
+        scatter(added.view(-1, n_kv), line.reshape(-1), by_key.T)
+        total += added
+
     def results(self) -> list[Tensor]:
         """The gradients of the wanted tensors, in their dtypes, on their devices."""
         for place, apart in self._apart:
             place += apart.view(place.shape)
         like = [self.problem.captured[i] for i in self.wanted]
         return [self.sums[i].to(t.device, t.dtype) for i, t in zip(self.wanted, like, strict=True)]
+
+    def _slab(self, to: Access, inputs: Inputs) -> Tensor | None:
+        """The entries of the dimensions beside the two axes of a DENSE tensor, as one index; None: there are none."""
+        assert to.q is not None and to.kv is not None
+        others = [d for d in range(len(to.indices)) if d not in (to.q.dim, to.kv.dim)]
+        sizes = self.problem.captured[to.number].shape
+        return _flat(evaluate([to.indices[d] for d in others], inputs), [sizes[d] for d in others])
 
     def _dense_sum(self, to: Access) -> Tensor:
         """[entries of the other dimensions, entries along q, entries along kv]: the sums themselves where a view can be so."""

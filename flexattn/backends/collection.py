@@ -94,8 +94,9 @@ class Collection:
         self.methods = methods
         self._by_method = [(found[load], m) for load, m in zip(loads, self.methods, strict=True) if m is not None]
         B, H, L, _ = problem.query.shape
-        self.rows = tuple(self._empty(B, H, L) for _ in self._with("row"))
-        self.columns = tuple(self._empty(B, H, problem.key.shape[2]) for _ in self._with("column"))
+        # Zeros, since nothing is written where there are no queries.
+        self.rows = tuple(self._zeros(B, H, L) for _ in self._with("row"))
+        self.columns = tuple(self._zeros(B, H, problem.key.shape[2]) for _ in self._with("column"))
         self._diagonals: list[_Diagonals] = []
         self._stored = [torch.zeros_like(self.gradients.sums[to.number]) for to in self._with("store")]
 
@@ -107,7 +108,7 @@ class Collection:
             return
         pieces = self._pieces(tiling, programs, max(1, WORKSPACE // max(1, 4 * sum(widths))))
         most = max(piece.programs for piece in pieces)
-        buffers = [self._empty(most * n) for n in widths]
+        buffers = [torch.empty(most * n, dtype=torch.float32, device=self.problem.query.device) for n in widths]
         self._diagonals = [_Diagonals.of(self.problem, tiling) for _ in self._with("diagonal")]
         for piece in pieces:
             self._clear(buffers)
@@ -126,7 +127,7 @@ class Collection:
         own = {"row": iter(self.rows), "column": iter(self.columns), "store": iter(self._stored)}
         own["diagonal"] = iter([d.result(self.problem) for d in self._diagonals])
         for to, method in self._by_method:
-            if method in put:
+            if method in put and (method != "diagonal" or self._diagonals):  # none without queries
                 put[method](to, next(own[method]))
         return self.gradients.results()
 
@@ -207,21 +208,24 @@ class Collection:
     def _add_heads(self, to: Access, workspace: Tensor, piece: _Piece) -> None:
         """Add the lines of a DENSE load: whole heads, or a part of one."""
         L, S = self.problem.query.shape[2], self.problem.key.shape[2]
-        lines, H, block = min(piece.lines, L), self.problem.query.shape[1], self.blocks[to.load]
-        assert block is not None
+        lines, H = min(piece.lines, L), self.problem.query.shape[1]
         first, number = piece.line // L, piece.lines // lines
         head = torch.arange(first, first + number, dtype=torch.int32, device=workspace.device).view(-1, 1, 1)
         inputs = inputs_of(self.problem, {"b": head // H, "h": head % H})
         values = workspace[: piece.lines * S].view(number, lines, S)
-        self.gradients.add_dense(to, block, values, inputs, (piece.line % L, 0))
+        block = self.blocks[to.load]
+        if block is None:
+            self.gradients.add_dense_beyond(to, values, inputs, piece.line % L)
+        else:
+            self.gradients.add_dense(to, block, values, inputs, (piece.line % L, 0))
 
     def _add_sorted(self, to: Access, values: Tensor, entries: Tensor) -> None:
         """Add elements, each to the entry that it has read."""
         for some, their in zip(values.split(SORTED), entries.split(SORTED), strict=True):
             self.gradients.add_entries(to, some, their)
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.problem.query.device)
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.problem.query.device)
 
 
 class _Diagonals(NamedTuple):
@@ -268,10 +272,10 @@ def is_deterministic(options: Mapping[str, Any]) -> bool:
 
 
 def _method(problem: Problem, to: Access, block: Block | None, deterministic: bool) -> Method:
-    if to.pattern is Pattern.DENSE and block is not None:
-        return USUAL[to.pattern] if _is_exclusive(problem, to) else "workspace"
-    if to.pattern in (Pattern.DENSE, Pattern.INDIRECT):
-        return "sorted" if deterministic else USUAL[Pattern.INDIRECT]
+    if to.pattern is Pattern.DENSE and (block is None or not _is_exclusive(problem, to)):
+        return "workspace"
+    if to.pattern is Pattern.INDIRECT and deterministic:
+        return "sorted"
     return USUAL[to.pattern]
 
 

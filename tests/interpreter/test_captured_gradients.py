@@ -126,6 +126,73 @@ def test_only_arbitrary_indices_take_atomics_and_none_where_bits_shall_repeat(na
     assert set(found.methods) - {None} == wanted
 
 
+@pytest.mark.parametrize("lengths", [(0, 9), (9, 0), (0, 0)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_without_queries_or_keys_gradients_are_zero(lengths: tuple[int, int], deterministic: bool) -> None:
+    L, S = lengths
+    q, k = torch.randn(1, 2, L, 16), torch.randn(1, 2, S, 16)
+    t, u = torch.randn(20, 20, requires_grad=True), torch.randn(20, requires_grad=True)
+    ids = torch.arange(20)
+    try:
+        torch.use_deterministic_algorithms(deterministic)  # fills what is not initialised with nan
+        out = flex_attention(
+            q,
+            k,
+            k,
+            lambda s, b, h, i, j: s * u[j] + u[i] + u[h] + u[j - i] + t[i, j] + t[ids[i], ids[j]],
+            backend="triton",
+        )
+        found = torch.autograd.grad(out.sum(), (t, u))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(g.any() for g in found)
+
+
+BEYOND = {
+    "before the first": lambda t, u: lambda s, b, h, i, j: s + t[i - 5, j],
+    "behind the last": lambda t, u: lambda s, b, h, i, j: s + t[i, j + 20],
+    "by head, transposed": lambda t, u: lambda s, b, h, i, j: s + u[j - 3, h, i + 30],
+    "another beside it": lambda t, u: lambda s, b, h, i, j: s + t[i + 20, j] * t[i, j - 1],
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_dense_tensor_read_beyond_its_ends_needs_no_atomics(name: str) -> None:
+    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
+    t, u = torch.randn(45, 45, requires_grad=True), torch.randn(45, 3, 45, requires_grad=True)
+    mod = BEYOND[name](t, u)
+    with patch.object(collection, "WORKSPACE", 1 << 15):
+        results = [
+            torch.autograd.grad(flex_attention(q, k, v, mod, backend=backend).sin().sum(), (t, u), allow_unused=True)
+            for backend in ("triton", "reference")
+        ]
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    program, captured, ints = trace(mod, None)
+    methods = Collection(Problem(q, k, v, captured, [], ints, (128, 128), variant(program), 1.0), [0]).methods
+    assert set(methods) == {"workspace"}
+
+
+def test_only_the_backward_can_be_told_to_repeat_its_bits() -> None:
+    q = torch.randn(1, 1, 20, 8)
+    flex_attention(q, q, q, backend="triton", kernel_options={"bwd_DETERMINISTIC": True})
+    with pytest.raises(ValueError, match="write 'DETERMINISTIC' or 'bwd_DETERMINISTIC'"):
+        flex_attention(q, q, q, kernel_options={"fwd_DETERMINISTIC": True})
+
+
+def test_arithmetic_on_parameters_of_16_bits() -> None:
+    """Integers and literals become bfloat16 in a mod."""
+    slopes = torch.tensor([0.5, 0.25], dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    results = [
+        flex_attention(q, k, v, lambda s, b, h, i, j: s * (1 + slopes[h]) + slopes[h] * (j - i), backend=backend)
+        for backend in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
 def test_a_tensor_that_the_batch_does_not_share_is_stored() -> None:
     alone = Shape(1, 2, 2, 50, 61, 16, 8, (16, 32), False)
     found = Collection(problem_of("pair bias", alone), [0])

@@ -52,7 +52,7 @@ def test_an_error_of_the_kernel_itself_is_not_blamed_on_the_mod() -> None:
 
 def test_a_generated_function_is_found_by_its_file() -> None:
     made = emit.Function("score_mod", "score_mod_test", "def score_mod_test(score):\n    return score\n", 1, {})
-    jit.jitted(emit.Functions(made, None, None, None))
+    jit.jitted(emit.Functions(made, None, None, None, None, None))
     assert jit.function_of_file("<flexattn score_mod_test>") is made
     assert jit.function_of_source("def score_mod_test(score):\n    return score") is made
     assert jit.function_of_file("model.py") is None

@@ -175,6 +175,7 @@ def describe(mod: Any) -> str:
     if isinstance(said, str):
         return said
     inner = getattr(mod, "func", mod)
-    code = getattr(inner, "__code__", None) or getattr(getattr(type(inner), "__call__", None), "__code__", None)
+    call = type(inner).forward if isinstance(inner, torch.nn.Module) else getattr(type(inner), "__call__", None)
+    code = getattr(inner, "__code__", None) or getattr(call, "__code__", None)
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
     return f"`{name}`" + (f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else "")

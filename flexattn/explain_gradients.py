@@ -11,39 +11,32 @@ from .codegen.formula import inline
 from .codegen.ir import Node, Op
 from .codegen.pipeline import Variant
 
-NOTHING = "nothing captured is differentiable"
-UNLEARNED = " (not learned: computed only if it requires grad)"
+NOTHING = "no captured tensor receives a gradient"
+UNLEARNED = " (only if it requires grad: now it does not)"
 LONGEST = 40  # characters of an index that is printed
 
-# What has an entry of its own, besides heads and batch entries, and how contributions are added up.
+# What an entry is told by, besides heads and batch entries, and how contributions are added up.
 WORDS: dict[Pattern, tuple[tuple[str, ...], str]] = {
-    Pattern.HEAD: ((), "summed in registers over the keys, then over the queries: no atomics"),
-    Pattern.ROW: (
-        ("query",),
-        "summed in registers over the keys in the dQ kernel, one float32 per query row: no atomics",
-    ),
-    Pattern.COLUMN: (
-        ("key",),
-        "summed in registers over the queries in the dK/dV kernel, one float32 per key: no atomics",
-    ),
+    Pattern.HEAD: ((), "summed in registers over the keys, then over the queries; no atomics"),
+    Pattern.ROW: (("query",), "summed in registers over the keys, one float32 for each query; no atomics"),
+    Pattern.COLUMN: (("key",), "summed in registers over the queries, one float32 for each key; no atomics"),
     Pattern.DIAGONAL: (
         ("kv_idx - q_idx",),
-        "summed along the diagonals of each tile, then added up in a fixed order: no atomics",
+        "summed along the diagonals of each tile, then added up in a fixed order; no atomics",
     ),
-    Pattern.DENSE: (("query", "key"), "each element written once, plain stores, no atomics"),
+    Pattern.DENSE: (("query", "key"), "each element stored; no atomics"),
     Pattern.INDIRECT: (
         (),
-        "atomic additions in float32 on a GPU, whose order, hence the last bits, varies from run to run; "
-        'kernel_options={"DETERMINISTIC": True} or torch.use_deterministic_algorithms(True): stored and sorted instead, '
-        "repeatable",
+        "each element added by itself: on a GPU by float32 atomics, whose order varies from run to run; with "
+        'kernel_options={"DETERMINISTIC": True} or torch.use_deterministic_algorithms(True) sorted first, and repeatable',
     ),
 }
 
 
 def gradient_lines(parsed: Variant, captured: Sequence[Tensor], names: Mapping[str, str]) -> str:
     """A line for each load of a floating captured tensor; `names` as `formula` takes them."""
-    lines = [_line(access(load), captured, names) for load, _ in parsed.derivative.loads]
-    return "\n".join(dict.fromkeys(lines)) or NOTHING
+    found = sorted((access(load) for load, _ in parsed.derivative.loads), key=lambda to: to.number)
+    return "\n".join(dict.fromkeys(_line(to, captured, names) for to in found)) or NOTHING
 
 
 def _line(found: Access, captured: Sequence[Tensor], names: Mapping[str, str]) -> str:
@@ -59,22 +52,22 @@ def _line(found: Access, captured: Sequence[Tensor], names: Mapping[str, str]) -
 
 def _short(index: Node, names: Mapping[str, str]) -> str:
     text = inline(index, names)
-    return text if len(text) <= LONGEST else "..."
+    return text if len(text) <= LONGEST else "<index>"
 
 
 def _entries(found: Access, units: tuple[str, ...]) -> str:
-    """Which elements read an entry of their own."""
+    """What tells which entry an element reads."""
     if found.pattern is Pattern.INDIRECT:
-        return "any element may read any entry"
+        return "any entry"
     heads = [what for axis, what in (("h", "head"), ("b", "batch entry")) if axis in found.axes]
     if not units and not heads:
         return "one entry for all"
     *most, last = *units, *heads
-    return "one entry per " + (f"{', '.join(most)} and {last}" if most else last)
+    return "by " + (f"{', '.join(most)} and {last}" if most else last)
 
 
 def _shared(found: Access) -> str:
-    """DENSE: what reads the same element more than once, for want of a dimension of its own."""
+    """DENSE: where several elements may read an entry, for want of a dimension of its own."""
     own = {str(i.value) for i in found.indices if i.op is Op.INPUT}
     sharing = [what for axis, what in (("b", "batch entries"), ("h", "heads")) if axis not in own]
-    return f"; where {' or '.join(sharing)} share it, to a workspace that is then summed" if sharing else ""
+    return f", by way of a workspace where several {' or '.join(sharing)} may share it" if sharing else ""

@@ -109,16 +109,18 @@ def rows(target: str, head_dim: int) -> list[dict[str, Any]]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records as text."""
-    head = list(records[0])
+    head = [h for h in records[0] if h not in ("target", "D")]
     lines = [head, *([str(record[h]) for h in head] for record in records)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    title = f"{records[0]['target']}, head dimension {records[0]['D']}, bfloat16, causal"
+    rows = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join([title, *rows])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", nargs="?", default="sm_90")
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("target", nargs="?", default="sm_90", help="NVIDIA GPU: sm_80, sm_90 (default), sm_100")
+    parser.add_argument("--head-dim", type=int, default=64, help="columns of query, key and value (default 64)")
     parser.add_argument("--json", action="store_true", help="print records instead of a table")
     arguments = parser.parse_args()
     records = rows(arguments.target, arguments.head_dim)

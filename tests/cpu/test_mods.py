@@ -1,10 +1,12 @@
-"""The identity among the score_mods."""
+"""score_mods that are no plain functions: the identity, and a module."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
-from flexattn import create_mask, flex_attention, mods
+from flexattn import TraceError, create_mask, flex_attention, mods
 
 
 def test_the_identity_changes_no_score() -> None:
@@ -15,3 +17,18 @@ def test_the_identity_changes_no_score() -> None:
 def test_composing_nothing_is_the_identity() -> None:
     assert mods.compose() is mods.identity
     assert torch.equal(create_mask(mods.compose(), None, None, 2, 2, "cpu"), torch.zeros(1, 1, 2, 2))
+
+
+class Unreduced(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + self.table[h]
+
+
+def test_an_error_of_a_module_names_the_line_of_its_forward() -> None:
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(TraceError, match=rf"`Unreduced` at test_mods.py:{Unreduced.forward.__code__.co_firstlineno}"):
+        flex_attention(q, q, q, Unreduced())

@@ -213,29 +213,31 @@ def test_explain_says_how_the_gradient_of_each_captured_tensor_is_added_up() -> 
         return sorted(report.gradients.splitlines())
 
     assert gradients(lambda score, b, h, q, k: score * temperature + slopes[h] * (k - q)) == [
-        "slopes[h]: one entry per head; summed in registers over the keys, then over the queries: no atomics",
-        "temperature: one entry for all; summed in registers over the keys, then over the queries: no atomics",
+        "slopes[h]: by head; summed in registers over the keys, then over the queries; no atomics",
+        "temperature: one entry for all; summed in registers over the keys, then over the queries; no atomics",
     ]
     assert gradients(lambda score, b, h, q, k: score + gate[b, h, q] - gate[b, h, k]) == [
-        "gate[b, h, kv_idx]: one entry per key, head and batch entry; "
-        "summed in registers over the queries in the dK/dV kernel, one float32 per key: no atomics",
-        "gate[b, h, q_idx]: one entry per query, head and batch entry; "
-        "summed in registers over the keys in the dQ kernel, one float32 per query row: no atomics",
+        "gate[b, h, kv_idx]: by key, head and batch entry; "
+        "summed in registers over the queries, one float32 for each key; no atomics",
+        "gate[b, h, q_idx]: by query, head and batch entry; "
+        "summed in registers over the keys, one float32 for each query; no atomics",
     ]
     assert gradients(lambda score, b, h, q, k: score + frozen[k - q + 15]) == [
-        "frozen[kv_idx - q_idx + 15]: one entry per kv_idx - q_idx; diagonal sums of each tile, added up by a second "
-        "kernel: no atomics (not learned: computed only if it requires grad)"
+        "frozen[kv_idx - q_idx + 15]: by kv_idx - q_idx; summed along the diagonals of each tile, then added up in a fixed "
+        "order; no atomics (only if it requires grad: now it does not)"
     ]
-    stored = "each element written once, plain stores, no atomics"
+    stored = "each element stored; no atomics"
     assert gradients(lambda score, b, h, q, k: score + pair[b, h, q, k]) == [
-        f"pair[b, h, q_idx, kv_idx]: one entry per query, key, head and batch entry; {stored}"
+        f"pair[b, h, q_idx, kv_idx]: by query, key, head and batch entry; {stored}"
     ]
     assert gradients(lambda score, b, h, q, k: score + plane[q, k]) == [
-        f"plane[q_idx, kv_idx]: one entry per query and key; {stored}; "
-        "where batch entries or heads share it, to a workspace that is then summed"
+        f"plane[q_idx, kv_idx]: by query and key; {stored}, "
+        "by way of a workspace where several batch entries or heads may share it"
     ]
     (indirect,) = gradients(lambda score, b, h, q, k: score + experts[group[q], group[k]])
-    assert indirect.startswith("experts[group[q_idx], group[kv_idx]]: any element may read any entry; atomic additions")
+    assert indirect.startswith(
+        "experts[group[q_idx], group[kv_idx]]: any entry; each element added by itself: on a GPU by"
+    )
     assert '{"DETERMINISTIC": True}' in indirect
     for nothing in (None, lambda score, b, h, q, k: score * 2 + group[q]):
-        assert gradients(nothing) == ["nothing captured is differentiable"]
+        assert gradients(nothing) == ["no captured tensor receives a gradient"]

@@ -32,17 +32,6 @@ class Lists(NamedTuple):
     stride_h: Any
 
 
-class Part(NamedTuple):
-    """A part of a grid, of which a workspace holds what the tiles give.
-
-    first: its first program. line: its first line, of B * Hq * L. slots: tiles that a program may visit.
-    """
-
-    first: Any
-    line: Any
-    slots: Any
-
-
 class Shape(NamedTuple):
     """What a kernel is compiled for; every member is a `tl.constexpr`.
 

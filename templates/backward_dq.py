@@ -39,26 +39,22 @@ def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr,
     return product(ds.to(k_tile.dtype), k_tile, dq_acc, shape.PRECISION), sums
 
 
-@triton.jit(repr=kernel_name("attention_backward_dq"))
-def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_sums, dcaptured, part, L, S, heads,
-                          group_size, tiles, scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,
+@triton.jit(repr=kernel_name("attention_backward_dq"), do_not_specialize=["first", "first_line", "slots"])
+def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_sums, dcaptured, first, first_line, slots, L,
+                          S, heads, group_size, tiles, scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,
                           score_mod_grad: tl.constexpr, row_grads: tl.constexpr, tile_grads: tl.constexpr,
                           ROWS: tl.constexpr):  # fmt: skip
     """dq = scale * dS k, and the gradients of loads: ROWS of them, summed over the keys, to `row_sums`; others by tile.
 
     Operands and grid as those of `attention_forward`; lse, delta and each of `row_sums` [B, Hq, L], contiguous float32.
-    `part` is the part of the grid that is launched, None for all of it; its workspaces are in `dcaptured`.
+    The grid may be launched in parts, from the program `first` on, which begins with line `first_line` of B * Hq * L. The
+    workspaces of a part are in `dcaptured`, with `slots` tiles for each program.
     """
-    program = tl.program_id(0)
-    slot = program.to(tl.int64)  # of the next tile, in a workspace
-    if part is not None:
-        slot *= part.slots
-        program += part.first
+    program = tl.program_id(0) + first
+    slot = tl.program_id(0).to(tl.int64) * slots  # of the first tile, in a workspace
     t = program % tiles
     bh = program // tiles
-    line = bh.to(tl.int64) * L
-    if part is not None:
-        line -= part.line
+    line = bh.to(tl.int64) * L - first_line
     b, h = bh // heads, bh % heads
     row, start_m, stop_m = tile_of_program(t, L, shape.SPARSE_Q, shape.BLOCK_M)
     offs_m = start_m + tl.arange(0, shape.BLOCK_M)

@@ -19,7 +19,6 @@ from ..codegen.access import USUAL, Access, Method, Methods, Pattern
 from ..codegen.ir import Op
 from ..codegen.linear import collect
 from ..problem import Problem
-from ..templates.arguments import Part
 from .captured_gradients import Block, CapturedGradients, block_of, inputs_of, scatter
 
 WORKSPACE = 256 << 20  # bytes of all workspaces together, unless one program needs more
@@ -104,7 +103,7 @@ class Collection:
         """Launches of the dQ kernel: programs, and arguments. What a launch has left is added up before the next."""
         widths = [n for to, method in self._by_method for n in self._widths(to, method, tiling)]
         if not widths:
-            yield programs, {"dcaptured": self._flat([]), "part": None}
+            yield programs, {"dcaptured": self._flat([]), "first": 0, "first_line": 0, "slots": 0}
             return
         pieces = self._pieces(tiling, programs, max(1, WORKSPACE // max(1, 4 * sum(widths))))
         most = max(piece.programs for piece in pieces)
@@ -112,8 +111,8 @@ class Collection:
         self._diagonals = [_Diagonals.of(self.problem, tiling) for _ in self._with("diagonal")]
         for piece in pieces:
             self._clear(buffers)
-            part = Part(piece.first, piece.line, tiling.slots())
-            yield piece.programs, {"dcaptured": self._flat(buffers), "part": part}
+            place = {"first": piece.first, "first_line": piece.line, "slots": tiling.slots()}
+            yield piece.programs, {"dcaptured": self._flat(buffers), **place}
             self._reduce(buffers, piece, tiling)
 
     def results(self) -> list[Tensor]:

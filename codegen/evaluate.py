@@ -181,14 +181,15 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
 def _value_in(node: Node, inputs: Inputs, pool: Pool, made: set[Node]) -> Tensor:
     """One value, in the pool if it is large and its operation can write to a given tensor."""
     args = [inputs.memo[a] for a in node.args] if node.op in EVALUATE or node.op is Op.CAST else []
-    if not args or node.op in (Op.DETACH, Op.TRUNCDIV):
+    if not args or node.op is Op.TRUNCDIV:
         return _value(node, inputs)
     shape = args[0].shape if len(args) == 1 else broadcast(*(a.shape for a in args))
     if math.prod(shape) < Pool.SMALLEST:
         return _value(node, inputs)
     out = pool.take(shape, TORCH_DTYPE[node.dtype])
     made.add(node)
-    return out.copy_(args[0]) if node.op is Op.CAST else EVALUATE[node.op](*args, out=out)
+    # A copy even where the operand would do: its memory may be given back before that of the result.
+    return out.copy_(args[0]) if node.op in (Op.CAST, Op.DETACH) else EVALUATE[node.op](*args, out=out)
 
 
 def _value(node: Node, inputs: Inputs) -> Tensor:

@@ -1,11 +1,11 @@
 """Which tiles a program visits: the blocks that lists name, or everything where there are no lists.
 
 A row of blocks is walked in two phases. The *masked* phase takes the partial blocks, and what needs a bounds check: the
-last block where the length is no multiple of the tile, and every block where the block is none. The *plain* phase takes
+last block where the length is no multiple of the block, and every block where the block is none. The *plain* phase takes
 the other full blocks; its inner loop has neither masks nor bounds.
 
 SPARSE is the size of a block and TILE that of a tile, along the axis that is walked, of length `length`.
-Lists are in ascending order where the length is no multiple of TILE, so that the last block is the last one listed.
+Lists are in ascending order where the length is no multiple of SPARSE, so that the last block is the last one listed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tile_counts(full, n_partial, n_full, length, SPARSE: tl.constexpr, TILE: tl.
             return partial_tiles, partial_tiles + n_full * TILES, n_full * 0
         else:
             last = (length - 1) // SPARSE
-            ragged = length % TILE != 0
+            ragged = length % SPARSE != 0
             listed_last = tl.load(full + n_full - 1, mask=(n_full > 0) & ragged, other=-1)
             edge = (listed_last == last).to(tl.int32)
             return partial_tiles, partial_tiles + edge * TILES, (n_full - edge) * TILES

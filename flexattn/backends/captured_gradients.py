@@ -80,6 +80,7 @@ class CapturedGradients:
         self.sums = {i: self._zeros(problem.captured[i].shape) for i in wanted}
         self.contributions = contributions(problem, wanted)
         self._dense: dict[Node, Tensor] = {}
+        self._beyond: dict[Node, Tensor] = {}
         self._apart: list[tuple[Tensor, Tensor]] = []  # sums of some DENSE loads, and the entries they belong to
 
     def add(self, to: Access, values: Tensor, inputs: Inputs) -> None:
@@ -108,7 +109,7 @@ class CapturedGradients:
         `inputs` holds b and h, which broadcast against the leading dimensions. Values may be a buffer that is reused.
         """
         assert to.q is not None and to.kv is not None
-        if not values.numel():
+        if not values.numel() or not self.sums[to.number].numel():
             return
         total = self._dense_sum(to)
         rows, columns = values.shape[-2:]
@@ -128,7 +129,9 @@ class CapturedGradients:
         There it reads the entry at the border, or from the other end, so that elements share entries.
         """
         assert to.q is not None and to.kv is not None
-        total = self._dense_sum(to)
+        if not values.numel() or not self.sums[to.number].numel():
+            return
+        total = self._beyond_sum(to)
         heads, rows, S = values.shape
         _, n_q, n_kv = total.shape
         numbers = self.problem.floats, self.problem.ints, self.device
@@ -139,9 +142,7 @@ class CapturedGradients:
         scatter(by_key, wrap_index(kv, n_kv), values.reshape(-1, S).T)
         slab, line = self._slab(to, inputs), wrap_index(q, n_q)
         line = (line if slab is None else slab.view(-1, 1) * n_q + line).expand(heads, rows)
-        added = self._zeros(total.shape)  # apart, since the sums may lie in any order
-        scatter(added.view(-1, n_kv), line.reshape(-1), by_key.T)
-        total += added
+        scatter(total.view(-1, n_kv), line.reshape(-1), by_key.T)
 
     def results(self) -> list[Tensor]:
         """The gradients of the wanted tensors, in their dtypes, on their devices."""
@@ -169,6 +170,15 @@ class CapturedGradients:
                 self._dense[to.load] = self._zeros(shape)
                 self._apart.append((place, self._dense[to.load]))
         return self._dense[to.load]
+
+    def _beyond_sum(self, to: Access) -> Tensor:
+        """As `_dense_sum`, in this order in memory."""
+        assert to.q is not None and to.kv is not None
+        if to.load not in self._beyond:
+            place = self.sums[to.number].movedim((to.q.dim, to.kv.dim), (-2, -1))
+            self._beyond[to.load] = self._zeros((math.prod(place.shape[:-2]), *place.shape[-2:]))
+            self._apart.append((place, self._beyond[to.load]))
+        return self._beyond[to.load]
 
     def _add_sums(self, to: Access, sums: Tensor, along: Pattern) -> None:
         shape = tuple(self.sums[to.number].shape)

@@ -21,7 +21,10 @@ from ..codegen.linear import collect
 from ..problem import Problem
 from .captured_gradients import Block, CapturedGradients, block_of, inputs_of, scatter
 
-WORKSPACE = 256 << 20  # bytes of all workspaces together, unless one program needs more
+WORKSPACE = (
+    256 << 20
+)  # bytes of all workspaces together, if that is no less than a program needs and BUSY ones would like
+BUSY = 264  # programs, two for each of the 132 multiprocessors of a Hopper GPU
 FARTHEST = 2**31 - 1  # what 32 bits hold
 SORTED = 1 << 22  # elements that are sorted at once
 # Entries for what tiles that nobody visited have left: many, since the values of one are added one after another.
@@ -97,7 +100,7 @@ class Collection:
         self.rows = tuple(self._zeros(B, H, L) for _ in self._with("row"))
         self.columns = tuple(self._zeros(B, H, problem.key.shape[2]) for _ in self._with("column"))
         self._diagonals: list[_Diagonals] = []
-        self._stored = [torch.zeros_like(self.gradients.sums[to.number]) for to in self._with("store")]
+        self._stored = [self._place_of(to) for to in self._with("store")]
 
     def parts(self, tiling: Tiling, programs: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Launches of the dQ kernel: programs, and arguments. What a launch has left is added up before the next."""
@@ -105,10 +108,11 @@ class Collection:
         if not widths:
             yield programs, {"dcaptured": self._flat([]), "first": 0, "first_line": 0, "slots": 0}
             return
-        pieces = self._pieces(tiling, programs, max(1, WORKSPACE // max(1, 4 * sum(widths))))
+        pieces = self._pieces(tiling, programs, self._most(tiling, sum(widths)))
         most = max(piece.programs for piece in pieces)
         buffers = [torch.empty(most * n, dtype=torch.float32, device=self.problem.query.device) for n in widths]
         self._diagonals = [_Diagonals.of(self.problem, tiling) for _ in self._with("diagonal")]
+        self._name_entries(buffers)
         for piece in pieces:
             self._clear(buffers)
             place = {"first": piece.first, "first_line": piece.line, "slots": tiling.slots()}
@@ -133,19 +137,34 @@ class Collection:
     def _with(self, method: Method) -> list[Access]:
         return [to for to, m in self._by_method if m == method]
 
+    def _place_of(self, to: Access) -> Tensor:
+        """Where each element is stored: the sums themselves, if no other tile writes to them."""
+        others = [
+            m for other, m in self._by_method if other.number == to.number and m not in ("row", "column", "diagonal")
+        ]
+        sums = self.gradients.sums[to.number]
+        return sums if len(others) == 1 else torch.zeros_like(sums)
+
     def _add_stored(self, to: Access, stored: Tensor) -> None:
-        self.gradients.sums[to.number] += stored
+        if stored is not self.gradients.sums[to.number]:
+            self.gradients.sums[to.number] += stored
+
+    def _each(self, buffers: Sequence[Tensor]) -> Iterator[tuple[Access, Method, list[Tensor]]]:
+        """Each load, its method, and those of the workspaces that are its own."""
+        rest = iter(buffers)
+        for to, method in self._by_method:
+            own = [next(rest) for _ in range({"diagonal": 2, "sorted": 2, "workspace": 1}.get(method, 0))]
+            if len(own) == 2:
+                own[1] = own[1].view(self._entry_type(to) if method == "sorted" else torch.int32)
+            yield to, method, own
 
     def _flat(self, buffers: Sequence[Tensor]) -> tuple[Any, ...]:
         """The tuple that `tile_grads` unpacks, see `codegen.emit`."""
         flat: list[Any] = []
-        rest, stored = iter(buffers), iter(self._stored)
-        for to, method in self._by_method:
-            if method == "workspace":
-                flat.append(next(rest))
-            elif method in ("diagonal", "sorted"):
-                flat += [next(rest), next(rest).view(self._entry_type(to) if method == "sorted" else torch.int32)]
-            elif method in ("store", "atomic"):
+        stored = iter(self._stored)
+        for to, method, own in self._each(buffers):
+            flat += own
+            if method in ("store", "atomic"):
                 target = next(stored) if method == "store" else self.gradients.sums[to.number]
                 if not target.numel():
                     target = target.new_zeros((1,) * target.dim())
@@ -170,14 +189,26 @@ class Collection:
 
     def _clear(self, buffers: Sequence[Tensor]) -> None:
         """Set what must be known of tiles that nobody visits."""
-        rest = iter(buffers)
-        for _, method in self._by_method:
+        for _, method, own in self._each(buffers):
             if method == "diagonal":
-                next(rest), next(rest).view(torch.int32).fill_(NOWHERE)
-            elif method == "workspace":
-                next(rest).zero_()
-            elif method == "sorted":
-                next(rest).zero_(), next(rest).zero_()
+                own[1].fill_(NOWHERE)
+            elif own:
+                own[0].zero_()
+
+    def _name_entries(self, buffers: Sequence[Tensor]) -> None:
+        """Spread what is not visited, and has the value 0, over all entries: a sum is as slow as its longest run."""
+        for to, method, own in self._each(buffers):
+            if method == "sorted":
+                numbers = torch.arange(len(own[1]), dtype=own[1].dtype, device=own[1].device)
+                own[1].copy_(numbers % max(1, self.gradients.sums[to.number].numel()))
+
+    def _most(self, tiling: Tiling, width: int) -> int:
+        """Programs of a part, each of which has `width` elements in workspaces."""
+        indices = sum(8 * 4 * tiling.slots() * tiling.diagonals() // tiling.step() for _ in self._with("diagonal"))
+        each = max(1, 4 * width + indices)
+        largest = max(4 * self.gradients.sums[to.number].numel() for to, _ in self._by_method)
+        # As much as a gradient takes may a workspace take, if that is what keeps the device busy.
+        return max(1, WORKSPACE // each, min(largest // each, BUSY))
 
     def _pieces(self, tiling: Tiling, programs: int, most: int) -> list[_Piece]:
         """The grid in parts of at most `most` programs: whole heads, or parts of one."""
@@ -194,15 +225,15 @@ class Collection:
 
     def _reduce(self, buffers: Sequence[Tensor], piece: _Piece, tiling: Tiling) -> None:
         """Add up what a launch has left in its workspaces."""
-        rest, diagonals = iter(buffers), iter(self._diagonals)
-        for to, method in self._by_method:
+        diagonals = iter(self._diagonals)
+        for to, method, own in self._each(buffers):
             if method == "diagonal":
-                next(diagonals).add(next(rest), next(rest).view(torch.int32), piece, tiling)
+                next(diagonals).add(own[0], own[1], piece, tiling)
             elif method == "workspace":
-                self._add_heads(to, next(rest), piece)
+                self._add_heads(to, own[0], piece)
             elif method == "sorted":
                 n = piece.programs * tiling.slots() * tiling.BLOCK_M * tiling.BLOCK_N
-                self._add_sorted(to, next(rest)[:n], next(rest).view(self._entry_type(to))[:n])
+                self._add_sorted(to, own[0][:n], own[1][:n])
 
     def _add_heads(self, to: Access, workspace: Tensor, piece: _Piece) -> None:
         """Add the lines of a DENSE load: whole heads, or a part of one."""

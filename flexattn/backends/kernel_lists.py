@@ -15,9 +15,9 @@ from ..templates.arguments import Lists
 from .kept import kept
 
 
-def by_query(block_mask: Sequence[Tensor], tile: int, S: int) -> Lists:
-    """The lists of the rows of query blocks. The last key block comes last where a tile would reach beyond `S`."""
-    if S % tile == 0 or len(block_mask) < 4:
+def by_query(block_mask: Sequence[Tensor], block: int, S: int) -> Lists:
+    """The lists of the rows of query blocks. The last key block comes last where, of that size, it reaches beyond `S`."""
+    if S % block == 0 or len(block_mask) < 4:
         return _lists(block_mask)
     return _lists(kept("sorted", block_mask, (), lambda: _ascending(block_mask)))
 

@@ -201,7 +201,7 @@ def _call(
         if listed and by_key:
             lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
         elif listed:
-            lists = kernel_lists.by_query(problem.block_mask, BLOCK_N, S)
+            lists = kernel_lists.by_query(problem.block_mask, SPARSE_KV, S)
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
         return {"shape": _shape(**constants, **sizes), "lists": lists, "tiles": tiles, "grid": tiles * outer}
 

@@ -32,3 +32,19 @@ def test_an_error_of_a_module_names_the_line_of_its_forward() -> None:
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(TraceError, match=rf"`Unreduced` at test_mods.py:{Unreduced.forward.__code__.co_firstlineno}"):
         flex_attention(q, q, q, Unreduced())
+
+
+def test_a_detached_value_outlives_what_it_was_made_of() -> None:
+    """Of tiles large enough that their memory is used again."""
+    q, k, v = (torch.randn(1, 1, 300, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        grown = torch.exp(score * 0.1)
+        return grown.detach() * torch.cos(score * 5) + torch.sin(score * 7)
+
+    results = []
+    for backend in ("tiled", "reference"):
+        out = flex_attention(q, k, v, mod, backend=backend)
+        results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)

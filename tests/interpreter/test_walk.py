@@ -180,3 +180,27 @@ def test_the_transposed_lists_are_those_of_the_dense_mask() -> None:
         (1, 2), ((made.partial_count, made.partial_index), (made.full_count, made.full_index)), strict=True
     ):
         assert torch.equal(dense(count, index, 5), (classes == kind).mT)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("lengths", [(96, 96), (64, 96), (96, 160)])
+def test_a_full_last_block_that_ends_with_a_tile_has_no_tile_beyond_the_end(
+    lengths: tuple[int, int], descending: bool
+) -> None:
+    """Blocks of 64 in tiles of 32: half of the last block does not exist."""
+    from flexattn import BlockMask, flex_attention
+
+    L, S = lengths
+    q, k, v = surrounded_by_nan(1, 2, L, 16), surrounded_by_nan(1, 2, S, 16), surrounded_by_nan(1, 2, S, 16)
+    bias, table = torch.randn(L, S, requires_grad=True), torch.randn(L + S, requires_grad=True)
+    rows, columns = -(-L // 64), -(-S // 64)
+    index = torch.arange(columns - 1, -1, -1) if descending else torch.arange(columns)
+    index = index.int().expand(1, 1, rows, columns).contiguous()
+    count = torch.full((1, 1, rows), columns, dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(count * 0, index, count, index, 64, None, (L, S))
+    results = []
+    for backend in ("triton", "reference"):
+        out = flex_attention(q, k, v, lambda s, b, h, i, j: s + bias[i, j] + table[i - j + S], mask, backend=backend)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v, bias, table))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

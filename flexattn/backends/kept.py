@@ -37,6 +37,7 @@ def kept(what: str, tensors: Sequence[Tensor], rest: tuple[object, ...], make: C
         else:
             return cast(Made, entry.made)
     made = make()
-    references = tuple(weakref.ref(t, lambda _: _CACHE.pop(key, None)) for t in tensors)
+    pop = _CACHE.pop  # which is there even when the module is not any more
+    references = tuple(weakref.ref(t, lambda _: pop(key, None)) for t in tensors)
     _CACHE[key] = _Entry(references, versions, made)
     return made

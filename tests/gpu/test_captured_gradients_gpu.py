@@ -11,7 +11,7 @@ import torch
 from gpu.cases import DEVICE, Case, Mod, assert_results, assert_right, qkv
 from torch import Tensor
 
-from flexattn import create_block_mask, flex_attention, masks
+from flexattn import AuxRequest, create_block_mask, flex_attention, masks
 from flexattn.backends import collection
 
 B, H, LENGTH = 2, 4, 1000
@@ -153,3 +153,15 @@ def test_memory_does_not_grow_with_the_square_of_the_length_for_a_relative_bias(
         out.backward(torch.ones_like(out))
         peaks.append(torch.cuda.max_memory_allocated() - before - collection.WORKSPACE)
     assert peaks[2] < 4.4 * max(peaks[0], 1 << 26), peaks
+
+
+def test_a_bucket_of_the_kernel_is_that_of_the_gradient() -> None:
+    """The kernel computes the index that is read, torch that of the sums along diagonals: no rounding may part them."""
+    n = 1 << 20
+    q, k = torch.zeros(1, 1, n, 16, device=DEVICE, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 16, device=DEVICE)
+    number = torch.arange(32.0, device=DEVICE)
+    _, aux = flex_attention(
+        q, k.bfloat16(), k.bfloat16(), lambda s, b, h, i, j: s + number[bucket((i - j).clamp(min=0))],
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    assert torch.equal(aux.lse[0, 0], bucket(torch.arange(n, dtype=torch.int32, device=DEVICE)).float())

@@ -71,7 +71,7 @@ def test_gradients_of_a_pattern_are_right(name: str, options: dict[str, Any] | N
 @pytest.mark.parametrize("name", ["relative", "pair, shared", "everywhere"])
 def test_a_grid_in_parts_gives_the_same(name: str) -> None:
     whole = case(name, options=STRICT)
-    with patch.object(collection, "WORKSPACE", 1 << 20):
+    with patch.multiple(collection, WORKSPACE=1 << 20, BUSY=1):
         assert_results(whole, whole.run())
 
 

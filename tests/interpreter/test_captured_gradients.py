@@ -34,14 +34,14 @@ def options(tile: tuple[int, int], deterministic: bool) -> str:
     return f"BLOCK_M1={M},BLOCK_M2={M},BLOCK_N1={N},BLOCK_N2={N},DETERMINISTIC={deterministic}"
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     # Triton's interpreter rounds to bfloat16 towards zero, which arithmetic of such tensors shows.
     case=learned_mods((torch.float32, torch.float16, torch.float64)),
     shape=learned_shapes(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     tile=st.tuples(st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64])),
-    workspace=st.sampled_from([1, 1 << 14, 1 << 16, 1 << 28]),
+    workspace=st.sampled_from([1 << 13, 1 << 16, 1 << 28]),
     deterministic=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -54,14 +54,14 @@ def test_learned_gradients_equal_the_reference(
     deterministic: bool,
     seed: int,
 ) -> None:
-    with patch.object(collection, "WORKSPACE", workspace):
+    with patch.multiple(collection, WORKSPACE=workspace, BUSY=1):
         assert_learned_gradients_equal_reference("triton", case, shape, dtype, seed, options(tile, deterministic))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_a_named_case_equals_the_reference(name: str, deterministic: bool) -> None:
-    with patch.object(collection, "WORKSPACE", 1 << 15), patch.object(collection, "SORTED", 300):
+    with patch.multiple(collection, WORKSPACE=1 << 15, BUSY=1, SORTED=300):
         assert_learned_gradients_equal_reference(
             "triton", CASES[name], SHAPE, torch.float32, 3, options((32, 16), deterministic)
         )
@@ -161,7 +161,7 @@ def test_a_dense_tensor_read_beyond_its_ends_needs_no_atomics(name: str) -> None
     q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
     t, u = torch.randn(45, 45, requires_grad=True), torch.randn(45, 3, 45, requires_grad=True)
     mod = BEYOND[name](t, u)
-    with patch.object(collection, "WORKSPACE", 1 << 15):
+    with patch.multiple(collection, WORKSPACE=1 << 15, BUSY=1):
         results = [
             torch.autograd.grad(flex_attention(q, k, v, mod, backend=backend).sin().sum(), (t, u), allow_unused=True)
             for backend in ("triton", "reference")

@@ -21,10 +21,9 @@ from ..codegen.linear import collect
 from ..problem import Problem
 from .captured_gradients import Block, CapturedGradients, block_of, inputs_of, scatter
 
-WORKSPACE = (
-    256 << 20
-)  # bytes of all workspaces together, if that is no less than a program needs and BUSY ones would like
-BUSY = 264  # programs, two for each of the 132 multiprocessors of a Hopper GPU
+# Bytes of all workspaces together. More if one program needs more, or BUSY ones do where the gradient itself is as large.
+WORKSPACE = 256 << 20
+BUSY = 264  # programs: two for each of the 132 multiprocessors of a Hopper GPU
 FARTHEST = 2**31 - 1  # what 32 bits hold
 SORTED = 1 << 22  # elements that are sorted at once
 # Entries for what tiles that nobody visited have left: many, since the values of one are added one after another.

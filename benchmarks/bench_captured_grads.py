@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from bench_cpu import peak, reset_peak
-from bench_gpu import machine, milliseconds, short
+from bench_gpu import machine, milliseconds, save, short
 from captured_contenders import ABOUT, CASES, CONTENDERS, ON_CPU, ON_GPU, Cell, Entry, Judge, Problem, can_solve
 from gpu_contenders import timed_pass
 
@@ -127,12 +127,7 @@ class Bench:
         return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
     def write(self) -> None:
-        out: Path = self.options.out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n")
-        os.replace(unfinished, out)  # a run that is killed leaves whole files
-        out.with_suffix(".md").write_text(table(self.machine, self.records))
+        save(self.options.out, self.machine, self.records, table(self.machine, self.records))
 
 
 def print_memory(name: str, cell: Cell) -> None:

@@ -96,6 +96,15 @@ def short(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
 
 
+def save(out: Path, machine: dict[str, Any], records: list[dict[str, Any]], table: str) -> None:
+    """Write what was measured so far, and its table beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+    os.replace(unfinished, out)  # a run that is killed leaves whole files
+    out.with_suffix(".md").write_text(table)
+
+
 class Bench:
     """The records so far, where they are written, and the time that is left."""
 
@@ -129,12 +138,7 @@ class Bench:
         self.records.append({**record, "run": self.run})
 
     def write(self) -> None:
-        out: Path = self.options.out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"machine": self.machine, "records": self.records}, indent=1) + "\n")
-        os.replace(unfinished, out)  # a run that is killed leaves whole files
-        out.with_suffix(".md").write_text(table(self.machine, self.records))
+        save(self.options.out, self.machine, self.records, table(self.machine, self.records))
 
     def limits(self, when: str) -> None:
         """A matrix product and a copy: what this GPU can do now, at its present clocks. S is the size of each."""

@@ -46,6 +46,7 @@ USUAL: dict[Pattern, Method] = {
 
 
 Methods = tuple[Method | None, ...]
+WORKSPACES: dict[Method, int] = {"diagonal": 2, "workspace": 1, "sorted": 2}  # that a load has; the others have none
 
 
 class Axis(NamedTuple):

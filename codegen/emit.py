@@ -23,7 +23,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from .access import Method, Methods
+from .access import WORKSPACES, Method, Methods
 from .formula import formula, gradients
 from .ir import DType, Node, Op, walk
 from .pipeline import Variant
@@ -106,10 +106,6 @@ def functions(
     )
 
 
-def _entries(load: Node, method: Method | None) -> int:
-    return {"store": len(load.args), "atomic": len(load.args), "workspace": 1}.get(str(method), 2)
-
-
 def captured_positions(variant: Variant) -> tuple[list[int], int, int]:
     """Where the flat tuple `captured` holds each tensor's pointer, the first run-time float, and the first int."""
     starts, at = [], 0
@@ -159,7 +155,7 @@ class _Printer:
                 summed.append(f"sums[{i}] + {tl}.sum(g{i}, 1)")
             else:
                 self._put(i, load, method, at)
-                at += _entries(load, method)
+                at += WORKSPACES.get(method, len(load.args))  # or the buffer and its strides
         rest = f"grad, score, {_INDICES}, keep, captured"
         note = gradients(None, [(c.load, c.gradient) for c in loads])
         if not summed:

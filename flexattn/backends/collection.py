@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..codegen.access import USUAL, Access, Method, Methods, Pattern
+from ..codegen.access import USUAL, WORKSPACES, Access, Method, Methods, Pattern
 from ..codegen.ir import Op
 from ..codegen.linear import collect
 from ..problem import Problem
@@ -152,7 +152,7 @@ class Collection:
         """Each load, its method, and those of the workspaces that are its own."""
         rest = iter(buffers)
         for to, method in self._by_method:
-            own = [next(rest) for _ in range({"diagonal": 2, "sorted": 2, "workspace": 1}.get(method, 0))]
+            own = [next(rest) for _ in range(WORKSPACES.get(method, 0))]
             if len(own) == 2:
                 own[1] = own[1].view(self._entry_type(to) if method == "sorted" else torch.int32)
             yield to, method, own

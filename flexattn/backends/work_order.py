@@ -58,8 +58,14 @@ def splits(S: int, kv_heads: int, group: int, where: torch.device) -> int:
 
 
 def longest_first(
-    block_mask: Sequence[Tensor], lists: Lists, tiles: int, tiles_of_block: int, group: int = 1, sharing: int = 1,
-    splits: int = 1, what: str = "",
+    block_mask: Sequence[Tensor],
+    lists: Lists,
+    tiles: int,
+    tiles_of_block: int,
+    group: int = 1,
+    sharing: int = 1,
+    splits: int = 1,
+    what: str = "",
 ) -> Order | None:
     """The tiles of each row of `lists`, those whose blocks are most first; None while a CUDA graph is captured.
 
@@ -74,9 +80,7 @@ def longest_first(
     return Order(order, order.stride(0) if many_b else 0, order.stride(1) if many_h else 0)
 
 
-def _longest_first(
-    lists: Lists, tiles: int, tiles_of_block: int, group: int, sharing: int, splits: int
-) -> Tensor:
+def _longest_first(lists: Lists, tiles: int, tiles_of_block: int, group: int, sharing: int, splits: int) -> Tensor:
     count: Tensor = lists.partial_count if lists.full_count is None else lists.partial_count + lists.full_count
     if group > 1 and count.shape[1] > 1:
         count = count.unflatten(1, (-1, group)).sum(2)

@@ -23,6 +23,7 @@ class KernelConfig(NamedTuple):
         num_stages: depth of the software pipeline.
         tma: whether tiles are loaded by the tensor memory accelerator, where the operands permit it.
         overlap: whether the forward adds values one tile late, while it computes the next softmax; only with `tma`.
+        upright: whether tiles of the dK/dV kernel have queries as rows; not where sums of columns are collected.
     """
 
     BLOCK_M: int
@@ -31,6 +32,7 @@ class KernelConfig(NamedTuple):
     num_stages: int
     tma: bool = False
     overlap: bool = False
+    upright: bool = False
 
 
 class Pinned(NamedTuple):
@@ -42,6 +44,7 @@ class Pinned(NamedTuple):
     num_stages: int | None = None
     tma: bool | None = None
     overlap: bool | None = None
+    upright: bool | None = None
 
 
 BY_KEY: tuple[Pass, ...] = ("dkdv", "one_pass")  # a program's own side is the keys'; it walks over queries
@@ -141,7 +144,7 @@ def pinned(which: Pass, options: Mapping[str, Any]) -> Pinned:
 def option_names(which: Pass) -> dict[str, str]:
     """The kernel option that pins each part of a configuration of a pass."""
     suffix = {"forward": "", "dkdv": "1", "one_pass": "1", "dq": "2"}[which]
-    switches = {"tma": "USE_TMA", "overlap": "OVERLAP"}
+    switches = {"tma": "USE_TMA", "overlap": "OVERLAP", "upright": "UPRIGHT"}
     return {name: name + suffix if name.startswith("BLOCK_") else switches.get(name, name) for name in Pinned._fields}
 
 

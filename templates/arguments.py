@@ -48,6 +48,7 @@ class Shape(NamedTuple):
     LISTED: whether there are block lists. CONTIGUOUS: whether the full blocks of each are adjacent, in order.
     SCALE_IN_FACTOR: whether the scale is part of the exponent, see `scores`. PRECISION: see `product`.
     OFFSET: the type of offsets inside a tile. OVERLAP: whether values are added one tile late, see `forward`.
+    UPRIGHT: whether tiles of the dK/dV kernel have queries as rows.
     """
 
     D: Any
@@ -64,3 +65,4 @@ class Shape(NamedTuple):
     PRECISION: Any
     OFFSET: Any
     OVERLAP: Any
+    UPRIGHT: Any

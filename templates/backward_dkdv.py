@@ -23,26 +23,47 @@ def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, 
                  start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod: tl.constexpr,
                  mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, column_grads: tl.constexpr,
                  MASKED: tl.constexpr):  # fmt: skip
-    """dk (before the scale), dv and the sums plus what the queries from `start_m` on contribute. Tiles are transposed."""
+    """dk (before the scale), dv and the sums plus what the queries from `start_m` on contribute.
+
+    Tiles have the keys as rows, so that two products take them from registers; UPRIGHT, the queries, and a row's lse and
+    delta are few registers.
+    """
     offs_m = start_m + tl.arange(0, shape.BLOCK_M)
-    q_idx, kv_idx = offs_m[None, :], offs_n[:, None]
     q_tile = load_tile(queries, q, start_m, stop_m, shape.BLOCK_M, shape.D, shape.BLOCK_D, MASKED, shape.OFFSET)
     do_tile = load_tile(douts, dout, start_m, stop_m, shape.BLOCK_M, shape.DV, shape.BLOCK_DV, MASKED, shape.OFFSET)
     lse_i, delta_i = load_row_statistics(lse, delta, at + offs_m, offs_m, stop_m)
     # Both products before the elementwise work, which can then overlap the second.
-    qkT = product_transposed(k_tile, q_tile, shape.PRECISION)  # [BLOCK_N, BLOCK_M]
-    dpT = product_transposed(v_tile, do_tile, shape.PRECISION)
-    pT, dmodified, dsT, raw, keep = score_gradients(
-        qkT, dpT, lse_i[None, :], delta_i[None, :], is_full, q_idx, stop_m, b, h, q_idx, kv_idx, scale, factor,
-        captured, shape, score_mod, mask_mod, score_mod_grad, MASKED,
-    )  # fmt: skip
-    if column_grads is not None:
-        sums = column_grads(sums, dmodified, raw, b, h, q_idx, kv_idx, keep, captured)
-    dv_acc = product(pT.to(do_tile.dtype), do_tile, dv_acc, shape.PRECISION)
-    ds_low = dsT.to(q_tile.dtype)
-    dk_acc = product(ds_low, q_tile, dk_acc, shape.PRECISION)
+    if shape.UPRIGHT:
+        q_idx, kv_idx = offs_m[:, None], offs_n[None, :]
+        qk = product_transposed(q_tile, k_tile, shape.PRECISION)  # [BLOCK_M, BLOCK_N]
+        dp = product_transposed(do_tile, v_tile, shape.PRECISION)
+        p, _, ds, _, _ = score_gradients(
+            qk, dp, lse_i[:, None], delta_i[:, None], is_full, q_idx, stop_m, b, h, q_idx, kv_idx, scale, factor,
+            captured, shape, score_mod, mask_mod, score_mod_grad, MASKED,
+        )  # fmt: skip
+        ds_low = ds.to(q_tile.dtype)
+        dv_acc = transposed_product(p.to(do_tile.dtype), do_tile, dv_acc, shape.PRECISION)
+        dk_acc = transposed_product(ds_low, q_tile, dk_acc, shape.PRECISION)
+    else:
+        q_idx, kv_idx = offs_m[None, :], offs_n[:, None]
+        qkT = product_transposed(k_tile, q_tile, shape.PRECISION)  # [BLOCK_N, BLOCK_M]
+        dpT = product_transposed(v_tile, do_tile, shape.PRECISION)
+        pT, dmodified, dsT, raw, keep = score_gradients(
+            qkT, dpT, lse_i[None, :], delta_i[None, :], is_full, q_idx, stop_m, b, h, q_idx, kv_idx, scale, factor,
+            captured, shape, score_mod, mask_mod, score_mod_grad, MASKED,
+        )  # fmt: skip
+        if column_grads is not None:
+            sums = column_grads(sums, dmodified, raw, b, h, q_idx, kv_idx, keep, captured)
+        ds_low = dsT.to(q_tile.dtype)
+        dv_acc = product(pT.to(do_tile.dtype), do_tile, dv_acc, shape.PRECISION)
+        dk_acc = product(ds_low, q_tile, dk_acc, shape.PRECISION)
     if dq_sum is not None:
-        add_rows(dq_sum, dq_tma, dq_row + start_m, transposed_product(ds_low, k_tile, shape.PRECISION), shape.BLOCK_D)
+        zero = tl.zeros([shape.BLOCK_M, shape.BLOCK_D], tl.float32)
+        if shape.UPRIGHT:
+            dq_tile = product(ds_low, k_tile, zero, shape.PRECISION)
+        else:
+            dq_tile = transposed_product(ds_low, k_tile, zero, shape.PRECISION)
+        add_rows(dq_sum, dq_tma, dq_row + start_m, dq_tile, shape.BLOCK_D)
     return dk_acc, dv_acc, sums
 
 

@@ -28,9 +28,9 @@ def product_transposed(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def transposed_product(a, b, PRECISION: tl.constexpr):
-    """a^T @ b."""
+def transposed_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a^T @ b."""
     if PRECISION == "raised":
-        return tl.dot(tl.trans(a.to(tl.float32)), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(tl.trans(a.to(tl.float32)), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(tl.trans(a), b, input_precision=PRECISION)
+        return tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)

@@ -227,7 +227,8 @@ def _call(
                 order = work_order.longest_first(problem.block_mask, lists, tiles, *inner)
         tma = config.tma and by_tma and SPARSE_Q % BLOCK_M == 0 and SPARSE_KV % BLOCK_N == 0
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
-        shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma)
+        upright = config.upright and made.column_grads is None
+        shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma, UPRIGHT=upright)
         found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
         for name in read:
             rows, columns = (BLOCK_N if name in "kv" else BLOCK_M), padded(matrices[name].shape[-1])

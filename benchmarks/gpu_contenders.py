@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from gpu_problem import LONG, Attend, Problem
 from torch import Tensor
@@ -14,9 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as peer
 
 import flexattn
-
-# A compiled backward frees its buffers otherwise, and cannot be timed by itself, again and again.
-torch._functorch.config.donated_buffer = False
 
 Maker = Callable[[Problem], Attend | None]  # None: this variant is none of its own for this problem
 

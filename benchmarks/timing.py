@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
+
+# A compiled backward frees its buffers otherwise, and cannot be timed by itself, again and again.
+torch._functorch.config.donated_buffer = False
 
 BATCHES = 5  # of calls, whose median is the host time
 

@@ -101,6 +101,14 @@ class Problem:
             return S**2
         return sum(int(mask(*self.index(range(1), rows)).sum()) for rows in chunks(torch.arange(S), S))
 
+    def block_area(self) -> int:
+        """Elements of one head in blocks that are not empty, of 128 x 128."""
+        mask, S = self.mask_mod(), self.cell.S
+        if mask is None:
+            return S**2
+        made = flexattn.create_block_mask(mask, None, None, S, S, self.device)
+        return int(made.kv_num_blocks.sum() + made.full_kv_num_blocks.sum()) * 128**2
+
     def gradients(self, attend: Attend, dout: Tensor | None = None) -> list[Tensor]:
         """out, dq, dk, dv."""
         out = attend(*self.leaves)

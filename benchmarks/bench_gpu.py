@@ -31,7 +31,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpu_contenders import CONTENDERS
@@ -56,6 +56,20 @@ class OutOfTime(Exception):
 
 class DeviceLost(Exception):
     """The GPU takes no more work from this process."""
+
+
+class Way(NamedTuple):
+    """A contender and one of its variants."""
+
+    name: str
+    variant: str
+
+
+class Ready(NamedTuple):
+    """What can be timed: its results are right, and so far from float64, by pass."""
+
+    attend: Attend
+    errors: dict[str, float]
 
 
 class Bench:
@@ -89,6 +103,8 @@ class Bench:
             if Cell.of(r) == task.cell and (r["run"] == self.run or not self.options.again):
                 known.setdefault((r["pass"], r["run"]), set()).add(r["impl"])
         wanted = set(self.impls(task))
+        if not wanted:
+            return []
         return [p for p in task.parts if not any(part == p and wanted <= have for (part, _), have in known.items())]
 
     def add(self, cell: Cell, part: str, impl: str, **values: Any) -> None:
@@ -132,55 +148,56 @@ class Bench:
 
     def measure(self, task: Task, parts: list[str]) -> None:
         """The passes of one cell: every contender is checked, then all are timed in turns."""
-        cell, names = task.cell, self.impls(task)
+        cell = task.cell
         torch._dynamo.reset()
         problem = Problem(cell, self.device)
+        area = problem.area()
+        about = {"setting": problem.setting, "area": area, "block_area": problem.block_area()}
+        ready, failed = self.judged(problem, self.impls(task), parts[0])
+        for part in parts:
+            since = time.monotonic()
+            times, broken = self.turns(problem, ready, part)
+            work = WORK[part] * 4 * cell.B * cell.Hq * cell.D * area
+            about |= self.sampler.median(since)
+            for name in self.impls(task):
+                self.add(cell, part, name, **best(name, part, times, ready, failed | broken, work), **about)
+            self.write()
+
+    def judged(self, problem: Problem, names: list[str], part: str) -> tuple[dict[Way, Ready], dict[Way, str]]:
+        """The ways to solve a problem whose results are right, and the errors of the others, recorded for `part`."""
         judge = Judge(problem, 128 if self.options.smoke else EVERY_ROW)
-        area, blocks = problem.area(), problem.block_area()
-        work = 4 * cell.B * cell.Hq * cell.D * area
-        ready: dict[tuple[str, str], tuple[Attend, dict[str, float]]] = {}  # by name and variant
-        broken: dict[tuple[str, str], str] = {}
-        for name, variant, make in [(n, v, make) for n in names for v, make in CONTENDERS[n].items()]:
-            self.check_time(name)
+        ready: dict[Way, Ready] = {}
+        failed: dict[Way, str] = {}
+        for way in (Way(name, variant) for name in names for variant in CONTENDERS[name]):
+            self.check_time(way.name)
             try:
-                if (attend := make(problem)) is not None:
-                    ready[name, variant] = attend, judge.errors(attend, self.check_time)
+                attend = CONTENDERS[way.name][way.variant](problem)
+                if attend is not None:
+                    ready[way] = Ready(attend, judge.errors(attend, self.check_time))
             except OutOfTime:
                 raise
             except Exception as error:  # a contender that fails is a result too
-                broken[name, variant] = self.failure(cell, parts[0], name, error)
-        del judge
-        for part in parts:
-            since = time.monotonic()
-            times: dict[tuple[str, str], list[float]] = {at: [] for at in ready}
-            failed = dict(broken)
-            for _, at in product(range(self.options.rounds), ready):  # interleaved: A B C A B C
-                if at in failed:
-                    continue
-                self.check_time()
-                try:
-                    function = timed_pass(problem, ready[at][0], part)
-                    times[at].append(milliseconds(function, self.device, self.options.rep))
-                except Exception as error:
-                    failed[at] = self.failure(cell, part, at[0], error)
-                finally:
-                    function = None  # type: ignore[assignment]  # the graph of a backward holds memory
-            shared = {"setting": problem.setting, "area": area, "block_area": blocks, **self.sampler.median(since)}
-            for name in names:
-                variants = {
-                    v: statistics.median(t) for (n, v), t in times.items() if n == name and (n, v) not in failed
-                }
-                if not variants:
-                    said = "; ".join(error for (n, _), error in failed.items() if n == name)
-                    self.add(cell, part, name, error=said, **shared)
-                    continue
-                best = min(variants, key=lambda v: variants[v])
-                ms, values = variants[best], dict(shared)
-                if best or len(variants) > 1:
-                    values |= {"variant": best, "variants_ms": variants}
-                values |= {"rounds_ms": times[name, best], "max_error": ready[name, best][1][part]}
-                self.add(cell, part, name, ms=ms, tflops=1e-9 * WORK[part] * work / ms, **values)
-            self.write()
+                failed[way] = self.failure(problem.cell, part, way.name, error)
+        return ready, failed
+
+    def turns(
+        self, problem: Problem, ready: dict[Way, Ready], part: str
+    ) -> tuple[dict[Way, list[float]], dict[Way, str]]:
+        """Milliseconds of each round, interleaved: A B C A B C; and the errors of those that fail now."""
+        times: dict[Way, list[float]] = {way: [] for way in ready}
+        failed: dict[Way, str] = {}
+        for _, way in product(range(self.options.rounds), ready):
+            if way in failed:
+                continue
+            self.check_time()
+            function: Callable[[], object] | None = None
+            try:
+                function = timed_pass(problem, ready[way].attend, part)
+                times[way].append(milliseconds(function, self.device, self.options.rep))
+            except Exception as error:
+                function = None  # its graph holds memory
+                failed[way] = self.failure(problem.cell, part, way.name, error)
+        return times, failed
 
     def host(self, task: Task) -> None:
         """The CPU's share of a call; `forward_backward_ms` is that of both passes."""
@@ -213,6 +230,18 @@ class Bench:
                 self.add(task.cell, "first_call", name, error=short(error))
         self.write()
 
+    def guarded(self, task: Task, parts: list[str]) -> None:
+        """`measure`; where inputs or the judge fail, that is recorded for all contenders."""
+        try:
+            self.measure(task, parts)
+        except (OutOfTime, DeviceLost):
+            raise
+        except Exception as error:
+            for part, name in product(self.missing(task), self.impls(task)):
+                self.add(task.cell, part, name, error=f"not judged: {short(error)}")
+            self.write()
+            self.failure(task.cell, parts[-1], "flexattn", error)
+
     def everything(self, tasks: list[Task]) -> None:
         """All that is missing, until the time is over. Nothing is written where nothing is missing."""
         if not any(map(self.missing, tasks)):
@@ -222,32 +251,43 @@ class Bench:
             self.limits("begin")
             try:
                 for task in tasks:
-                    parts = self.missing(task)
+                    parts, cell = self.missing(task), task.cell
                     if not parts:
                         continue
                     self.check_time(*self.impls(task))
                     left = f"{self.deadline - time.monotonic():.0f} s left"
                     print(
-                        f"{task.cell.case} {task.cell.shape} S{task.cell.S}: {', '.join(parts)}; {left}",
-                        file=sys.stderr,
+                        f"{cell.case} {cell.shape} S{cell.S}: {', '.join(parts)}; {left}", file=sys.stderr, flush=True
                     )
                     if parts[0] in alone:
                         alone[parts[0]](task)
                     else:
-                        try:
-                            self.measure(task, parts)
-                        except (OutOfTime, DeviceLost):
-                            raise
-                        except Exception as error:  # inputs or the judge: nobody can be timed here
-                            words = self.failure(task.cell, parts[0], "flexattn", error)
-                            for part, name in product(parts, self.impls(task)):
-                                self.add(task.cell, part, name, error=f"not judged: {words}")
-                            self.write()
+                        self.guarded(task, parts)
                     if self.device == "cuda":
                         torch.cuda.empty_cache()
             except OutOfTime:
                 print("out of time; the same command goes on", file=sys.stderr)
             self.limits("end")
+
+
+def best(
+    name: str, part: str, times: dict[Way, list[float]], ready: dict[Way, Ready], failed: dict[Way, str], work: float
+) -> dict[str, Any]:
+    """What is recorded of a contender: the times of its fastest variant, or why it has none."""
+    rounds = {way: statistics.median(t) for way, t in times.items() if way.name == name and way not in failed}
+    if not rounds:
+        return {"error": "; ".join(error for way, error in failed.items() if way.name == name)}
+    fastest = min(rounds, key=lambda way: rounds[way])
+    ms = rounds[fastest]
+    found = {
+        "ms": ms,
+        "tflops": 1e-9 * work / ms,
+        "rounds_ms": times[fastest],
+        "max_error": ready[fastest].errors[part],
+    }
+    if fastest.variant or len(rounds) > 1:
+        found |= {"variant": fastest.variant, "variants_ms": {way.variant: t for way, t in rounds.items()}}
+    return found
 
 
 def plain(name: str, problem: Problem) -> Attend:

@@ -190,6 +190,26 @@ def test_an_error_while_a_contender_is_timed_stops_nobody_else(
     assert found["flexattn"]["ms"] > 0
 
 
+def test_a_problem_that_cannot_be_judged_stops_no_other(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = bench.gpu_judge.Judge
+
+    def too_large(problem: Any, every: int) -> Any:
+        if problem.cell.case == "causal":
+            raise torch.OutOfMemoryError("no memory is left")
+        return judge(problem, every)
+
+    monkeypatch.setattr(bench.bench_gpu, "Judge", too_large)
+    chosen = ("--cases", "causal", "noop", "--lengths", "96", "--parts", "forward")
+    made, tasks = smoke(bench, tmp_path / "a.json", *chosen)
+    made.everything(tasks)
+    found = {(r["case"], r["impl"]): r for r in made.records if r["pass"] == "forward"}
+    assert found["causal", "flexattn"]["error"] == "not judged: OutOfMemoryError: no memory is left"
+    assert found["noop", "flexattn"]["ms"] > 0
+    assert not any(map(made.missing, tasks))
+
+
 def test_a_contender_that_took_the_device_with_it_is_not_tried_again(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

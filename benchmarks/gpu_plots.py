@@ -12,6 +12,7 @@ from gpu_suites import ALL_IMPLS, CASES
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PANELS = 4
 PASSES = ("forward", "backward")
 COLOURS = dict(zip(ALL_IMPLS, ("#111111", "#d55e00", "#0072b2", "#009e73", "#999999", "#e69f00"), strict=True))
 
@@ -45,12 +46,13 @@ def plot_ratios(path: Path, means: dict[tuple[str, str, str], Any]) -> Path | No
 
 
 def plot_rates(path: Path, found: Measured) -> Path | None:
-    """Lines: TFLOP/s of causal attention by length, a panel for each shape that has several lengths."""
+    """Lines: TFLOP/s of causal attention by length, a panel for each of the PANELS shapes that have most lengths."""
     lengths: dict[str, set[int]] = {}
     for cell, part in found.runs:
         if cell.case == "causal" and part == "forward":
             lengths.setdefault(cell.shape, set()).add(cell.S)
-    shapes = sorted(shape for shape, known in lengths.items() if len(known) > 1)
+    several = [shape for shape in sorted(lengths) if len(lengths[shape]) > 1]
+    shapes = sorted(several, key=lambda shape: -len(lengths[shape]))[:PANELS]
     if not shapes:
         return None
     figure, axes = plt.subplots(
@@ -69,9 +71,9 @@ def plot_rates(path: Path, found: Measured) -> Path | None:
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[impl], label=impl)
             axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
             axis.set_title(f"causal, {shape}", fontsize=8)
         panels[0].set_ylabel(f"{part}, TFLOP/s")
+        panels[0].set_ylim(bottom=0)  # shared, so once all lines are there
     axes[0][0].legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("S")

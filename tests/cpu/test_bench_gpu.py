@@ -382,3 +382,12 @@ def test_tinyllama_is_told_by_its_sizes(bench: Any) -> None:
     found = verdicts(bench, *records)
     assert found["forward and backward, TinyLlama-1.1B, S 2048, B 1: torch_flex / flexattn"] == (1.9, "not met")
     assert found["forward and backward, TinyLlama-1.1B, S 2048, B 8: torch_flex / flexattn"] == (1.9, "met")
+
+
+def test_without_matplotlib_there_are_tables_and_a_line_that_says_so(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gpu_plots", None)
+    bench.results.save(tmp_path / "h200.json", {"benchmark": "bench_gpu"}, [record("noop", "forward", "flexattn", 1.0)])
+    page = bench.gpu_report.render(tmp_path).read_text()
+    assert "Plots need matplotlib" in page and "| noop | B1H8D128 | 8192 | forward | 1.000 | 600 |" in page

@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 from bench_cpu import peak, reset_peak
-from bench_gpu import machine, milliseconds, save, short
 from captured_contenders import ABOUT, CASES, CONTENDERS, ON_CPU, ON_GPU, Cell, Entry, Judge, Problem, can_solve
-from gpu_contenders import timed_pass
+from gpu_machine import machine
+from results import save
+from timing import milliseconds, short, timed_pass
 
 PASSES = ("forward", "backward", "forward_backward")
 SIZES = {"cuda": (1, 16, (64, 128), (2048, 8192), "bfloat16"), "cpu": (1, 8, (64,), (1024, 2048), "float32")}

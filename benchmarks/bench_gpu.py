@@ -1,27 +1,27 @@
-"""Attention on a GPU: flexattn beside its rivals, in one process, one JSON, one table.
+"""Attention on a GPU: flexattn beside its rivals, in one process.
 
-Rivals: compiled torch flex_attention, and scaled_dot_product_attention by FlashAttention-2 and by cuDNN where they need no
-mask tensor; on request also torch flex_attention tuned, SDPA with a mask tensor, and dense attention in plain torch.
-Contenders take turns; `triton.testing.do_bench` times each with a cold L2 cache; the median of the rounds is reported.
-Inputs are `torch.randn`, and every result is first compared with float64.
+Rivals: compiled torch flex_attention, and scaled_dot_product_attention by FlashAttention-2, by cuDNN, and with a mask tensor
+for what SDPA cannot do otherwise; for a few problems also torch flex_attention tuned, which takes minutes to compile.
+Every result is first compared with float64. Then the contenders take turns, A B C A B C: `triton.testing.do_bench` times
+each with a cold L2 cache for --rep milliseconds, and the median of the rounds is the result. Inputs are `torch.randn`.
 
-    python benchmarks/bench_gpu.py                    # everything: about an hour, most of it the rivals' compiling
-    python benchmarks/bench_gpu.py --seconds 500      # what fits; the same command again goes on where it stopped
-    python benchmarks/bench_gpu.py --cases causal --lengths 8192 --parts forward backward
-    python benchmarks/bench_gpu.py --smoke            # tiny shapes on a CPU: does the program itself work
+    python benchmarks/bench_gpu.py                      # what fits into --seconds; again: goes on where it stopped
+    python benchmarks/bench_gpu.py --suite core         # what the goals are about; see gpu_suites.py
+    python benchmarks/bench_gpu.py --cases causal --lengths 8192 --parts forward backward --impls flexattn sdpa_cudnn
+    python benchmarks/bench_gpu.py --render             # tables and plots again, nothing is measured
+    python benchmarks/bench_gpu.py --smoke              # tiny shapes on a CPU: does the program itself work
 
-What was measured is merged into --out, and its table written beside it. The forward is that of training, on inputs that
-need gradients. TFLOP/s count attended elements alone: 4 * B * Hq * D for each in the forward, 2.5 times that in the backward.
+Results are merged into --out, and README.md beside it is made of all files of that folder. The forward is that of
+training, on inputs that need gradients. TFLOP/s count attended elements alone: 4 * B * Hq * D for each in the forward,
+2.5 times that in the backward. A problem is measured again from its start when a run ends within it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -31,78 +31,45 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from gpu_contenders import CASES, CONTENDERS, DEFAULT, Attend, Cell, Judge, Problem, can_solve, timed_pass
+from gpu_contenders import CONTENDERS
+from gpu_judge import EVERY_ROW, Judge
+from gpu_machine import Sampler, machine, short_name
+from gpu_problem import Attend, Problem
+from gpu_report import render
+from gpu_suites import ALL_IMPLS, CASES, PARTS, SHAPES, SMOKE, SUITES, WORK, Cell, Filter, Task
+from results import load, save
+from timing import host_milliseconds, in_a_fresh_process, milliseconds, short, timed_pass
 
-import flexattn
-
-WORK = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}  # in units of the forward's products
-PARTS = (*WORK, "first_call", "host")
-SHAPES = {  # B, Hq, Hkv, D
-    "B4H16D64": (4, 16, 16, 64),
-    "B1H32G8D128": (1, 32, 8, 128),
-    "B4H16D128": (4, 16, 16, 128),
-    "B1H32G8D64": (1, 32, 8, 64),
-}
-LENGTHS = (2048, 8192, 16384)
+RESULTS = Path(__file__).parent / "results"
 CALLS = 200  # for the host time of one
-OVERHEAD = {  # small: nothing of it is the kernels' own time
-    "first_call": Cell("causal", "bfloat16", 1, 8, 8, 1024, 64),
-    "host": Cell("causal", "bfloat16", 1, 4, 4, 256, 64),
-}
-TINY = (1, 4, 2, 16)
-PATIENCE = 900  # seconds for a process of its own
-
-Record = dict[str, Any]
+PATIENCE = 600.0  # seconds for a process of its own
+COMPILES = {"torch_flex": 20.0, "torch_flex_tuned": 150.0}  # seconds that must be left for one to be begun
+MARGIN = 8.0  # seconds before the deadline at which nothing more is timed: the last rates and the files take a few
 
 
-def milliseconds(function: Callable[[], object], device: str, rep: int) -> float:
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return float(do_bench(function, warmup=max(1, rep // 4), rep=rep, return_mode="median"))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+class OutOfTime(Exception):
+    """The deadline has passed; what is unfinished is dropped."""
 
 
-def host_milliseconds(function: Callable[[], object], device: str, calls: int) -> float:
-    """Time that a call takes on the CPU: many in a row, none of which is waited for."""
-    for n in (max(1, calls // 10), calls):  # the first ones warm up
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(n):
-            function()
-        taken = 1e3 * (time.perf_counter() - start) / n
-    return taken
+class DeviceLost(Exception):
+    """The GPU takes no more work from this process."""
 
 
-def first_call(name: str, cell: Cell, device: str) -> None:
-    """What a process of its own does: print the milliseconds of the first forward and backward."""
-    problem = Problem(cell, device)
-    (problem.leaves[0] @ problem.leaves[0].mT).sum().item()  # torch's own start is not counted
-    start = time.perf_counter()
-    problem.gradients(problem.contender(name))[1].sum().item()
-    print(1e3 * (time.perf_counter() - start))
+class Way(NamedTuple):
+    """A contender and one of its variants."""
+
+    name: str
+    variant: str
 
 
-def short(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
+class Ready(NamedTuple):
+    """What can be timed: its results are right, and so far from float64, by pass."""
 
-
-def save(out: Path, machine: dict[str, Any], records: list[dict[str, Any]], table: str) -> None:
-    """Write what was measured so far, and its table beside it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
-    os.replace(unfinished, out)  # a run that is killed leaves whole files
-    out.with_suffix(".md").write_text(table)
+    attend: Attend
+    errors: dict[str, float]
 
 
 class Bench:
@@ -110,237 +77,291 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, "cpu" if options.smoke else "cuda"
-        self.run = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.deadline = time.monotonic() + options.seconds
-        self.machine = machine(self.device)
-        self.records: list[Record] = []
-        if options.out.exists():
-            content = json.loads(options.out.read_text())
-            self.records, self.machine = content["records"], content["machine"] | self.machine
+        self.run = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self.deadline = time.monotonic() + options.seconds - (0 if options.smoke else MARGIN)
+        before = load(options.out)
+        self.records = before.records
+        about = {"benchmark": "bench_gpu", "rep_ms": options.rep, "rounds": options.rounds}
+        self.machine = before.machine | machine(self.device) | about
+        self.sampler = Sampler(self.device)
 
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def check_time(self, *names: str) -> None:
+        """Raise if there is no time left, or too little for one of these contenders to compile."""
+        needed = 0.0 if self.options.smoke else max((COMPILES.get(name, 0.0) for name in names), default=0.0)
+        if time.monotonic() + needed > self.deadline:
+            raise OutOfTime
 
-    def contenders(self, cell: Cell) -> list[str]:
-        return [name for name in self.options.contenders if can_solve(name, cell.case)]
+    def impls(self, task: Task) -> list[str]:
+        """The contenders, without those that took the device with them in an earlier run."""
+        fatal = {r["impl"] for r in self.records if r.get("fatal") and Cell.of(r) == task.cell}
+        return [name for name in task.impls if name not in fatal]
 
-    def missing(self, cell: Cell, part: str) -> bool:
-        """Whether something is left to measure. Contenders are only compared within one run, so it is all or nothing."""
-        known = {r["impl"] for r in self.records if r["pass"] == part and cell_of(r) == cell}
-        return self.options.again or not known >= set(self.contenders(cell))
+    def missing(self, task: Task) -> list[str]:
+        """The passes left to measure. Contenders are only compared within one run, so it is all or nothing."""
+        known: dict[tuple[str, str], set[str]] = {}
+        for r in self.records:
+            if Cell.of(r) == task.cell and (r["run"] == self.run or not self.options.again):
+                known.setdefault((r["pass"], r["run"]), set()).add(r["impl"])
+        wanted = set(self.impls(task))
+        if not wanted:
+            return []
+        return [p for p in task.parts if not any(part == p and wanted <= have for (part, _), have in known.items())]
 
     def add(self, cell: Cell, part: str, impl: str, **values: Any) -> None:
-        """A new record, in the place of an older one of the same measurement."""
+        """A new record, in the place of one of the same measurement in this run."""
         record = {**cell._asdict(), "pass": part, "impl": impl, "ms": None, "tflops": None, "max_error": None, **values}
-        if part in PARTS:
-            same = lambda r: cell_of(r) == cell and r["pass"] == part and r["impl"] == impl
-            self.records = [r for r in self.records if not same(r)]
-        self.records.append({**record, "run": self.run})
+        same = lambda r: Cell.of(r) == cell and (r["pass"], r["impl"], r["run"]) == (part, impl, self.run)
+        self.records = [r for r in self.records if not same(r)] + [{**record, "run": self.run}]
 
     def write(self) -> None:
-        save(self.options.out, self.machine, self.records, table(self.machine, self.records))
+        samples = {**self.machine.get("sampled", {}), self.run: self.sampler.summary()}
+        save(self.options.out, {**self.machine, "sampled": samples}, self.records)
+
+    def failure(self, cell: Cell, part: str, impl: str, error: Exception) -> str:
+        """The words for an error. Raises DeviceLost, once it is recorded, if the device is gone too."""
+        words = short(error)
+        error.__traceback__ = None  # it holds tensors
+        if self.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+                gc.collect()
+                torch.cuda.empty_cache()
+            except Exception:
+                self.add(cell, part, impl, error=words, fatal=True)
+                self.write()
+                raise DeviceLost(words) from None
+        return words
 
     def limits(self, when: str) -> None:
         """A matrix product and a copy: what this GPU can do now, at its present clocks. S is the size of each."""
         n, size = (64, 1 << 16) if self.options.smoke else (8192, 1 << 30)
-        a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        since = time.monotonic()
+        a, b = (torch.randn(n, n, device=self.device).bfloat16() for _ in range(2))
         ms = milliseconds(lambda: a @ b, self.device, self.options.rep)
-        self.add(Cell(when, "bfloat16", 1, 1, 1, n, n), "matmul", "matmul", ms=ms, tflops=2e-9 * n**3 / ms)
+        about = self.sampler.median(since)
+        self.add(Cell(when, "bfloat16", 1, 1, 1, n, n), "matmul", "matmul", ms=ms, tflops=2e-9 * n**3 / ms, **about)
         source = torch.randn(size // 4, device=self.device)
         target = torch.empty_like(source)
         ms = milliseconds(lambda: target.copy_(source), self.device, self.options.rep)
         self.add(Cell(when, "float32", 1, 1, 1, size, 1), "copy", "copy", ms=ms, gb_per_s=2e-6 * size / ms)
         self.write()
 
-    def measure(self, cell: Cell) -> None:
+    def measure(self, task: Task, parts: list[str]) -> None:
         """The passes of one cell: every contender is checked, then all are timed in turns."""
-        parts = [p for p in self.options.parts if p in WORK and self.missing(cell, p)]
-        if not parts or self.late():
-            return
-        print(f"{cell.case} {cell.shape}: {', '.join(parts)}", file=sys.stderr, flush=True)
+        cell = task.cell
         torch._dynamo.reset()
         problem = Problem(cell, self.device)
-        judge, work = Judge(problem), 4 * cell.B * cell.Hq * cell.D * problem.area()
-        ready: dict[str, tuple[Attend, dict[str, float]]] = {}
-        broken: dict[str, str] = {}
-        for name in self.contenders(cell):
-            try:
-                attend = problem.contender(name)
-                ready[name] = attend, judge.errors(attend)
-            except Exception as error:  # a contender that fails is a result too
-                broken[name] = short(error)
+        area = problem.area()
+        about = {"setting": problem.setting, "area": area, "block_area": problem.block_area()}
+        ready, failed = self.judged(problem, self.impls(task), parts[0])
         for part in parts:
-            if self.late():
-                break
-            times: dict[str, list[float]] = {name: [] for name in ready}
-            failed = dict(broken)
-            for _, name in product(range(self.options.rounds), ready):  # interleaved: A B C A B C
-                if name in failed:
-                    continue
-                try:
-                    function = timed_pass(problem, ready[name][0], part)
-                    times[name].append(milliseconds(function, self.device, self.options.rep))
-                except Exception as error:
-                    failed[name] = short(error)
-            for name in self.contenders(cell):
-                if name in failed:
-                    self.add(cell, part, name, error=failed[name])
-                    continue
-                ms, worst = statistics.median(times[name]), ready[name][1][part]
-                tflops = 1e-9 * WORK[part] * work / ms
-                self.add(cell, part, name, ms=ms, tflops=tflops, max_error=worst, rounds_ms=times[name])
+            since = time.monotonic()
+            times, broken = self.turns(problem, ready, part)
+            work = WORK[part] * 4 * cell.B * cell.Hq * cell.D * area
+            about |= self.sampler.median(since)
+            for name in self.impls(task):
+                self.add(cell, part, name, **best(name, part, times, ready, failed | broken, work), **about)
             self.write()
 
-    def host(self, cell: Cell) -> None:
+    def judged(self, problem: Problem, names: list[str], part: str) -> tuple[dict[Way, Ready], dict[Way, str]]:
+        """The ways to solve a problem whose results are right, and the errors of the others, recorded for `part`."""
+        judge = Judge(problem, 128 if self.options.smoke else EVERY_ROW)
+        ready: dict[Way, Ready] = {}
+        failed: dict[Way, str] = {}
+        for way in (Way(name, variant) for name in names for variant in CONTENDERS[name]):
+            self.check_time(way.name)
+            try:
+                attend = CONTENDERS[way.name][way.variant](problem)
+                if attend is not None:
+                    ready[way] = Ready(attend, judge.errors(attend, self.check_time))
+            except OutOfTime:
+                raise
+            except Exception as error:  # a contender that fails is a result too
+                failed[way] = self.failure(problem.cell, part, way.name, error)
+        return ready, failed
+
+    def turns(
+        self, problem: Problem, ready: dict[Way, Ready], part: str
+    ) -> tuple[dict[Way, list[float]], dict[Way, str]]:
+        """Milliseconds of each round, interleaved: A B C A B C; and the errors of those that fail now."""
+        times: dict[Way, list[float]] = {way: [] for way in ready}
+        failed: dict[Way, str] = {}
+        for _, way in product(range(self.options.rounds), ready):
+            if way in failed:
+                continue
+            self.check_time()
+            function: Callable[[], object] | None = None
+            try:
+                function = timed_pass(problem, ready[way].attend, part)
+                times[way].append(milliseconds(function, self.device, self.options.rep))
+            except Exception as error:
+                function = None  # its graph holds memory
+                failed[way] = self.failure(problem.cell, part, way.name, error)
+        return times, failed
+
+    def host(self, task: Task) -> None:
         """The CPU's share of a call; `forward_backward_ms` is that of both passes."""
         torch._dynamo.reset()
-        problem, calls = Problem(cell, self.device), 5 if self.options.smoke else CALLS
-        for name in self.contenders(cell):
+        problem, calls = Problem(task.cell, self.device), 5 if self.options.smoke else CALLS
+        for name in self.impls(task):
+            self.check_time()
             try:
-                attend = problem.contender(name)
+                attend = plain(name, problem)
                 functions = [timed_pass(problem, attend, part) for part in ("forward", "forward_backward")]
                 forward, both = (host_milliseconds(f, self.device, calls) for f in functions)
-                self.add(cell, "host", name, ms=forward, forward_backward_ms=both)
+                self.add(task.cell, "host", name, ms=forward, forward_backward_ms=both)
             except Exception as error:
-                self.add(cell, "host", name, error=short(error))
+                self.add(task.cell, "host", name, error=self.failure(task.cell, "host", name, error))
+        self.write()
 
-    def first_call(self, cell: Cell) -> None:
+    def first_call(self, task: Task) -> None:
         """The first forward and backward of a fresh process, with empty caches of compiled code."""
-        for name in self.contenders(cell):
-            if self.late():
-                return
-            with tempfile.TemporaryDirectory() as empty:
-                caches = {n: str(Path(empty) / n) for n in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-                command = [sys.executable, __file__, "--first-call", name, self.device, *map(str, cell)]
-                try:
-                    done = subprocess.run(
-                        command, env={**os.environ, **caches}, capture_output=True, text=True, timeout=PATIENCE
+        for name in self.impls(task):
+            self.check_time()
+            left = self.deadline - time.monotonic()
+            arguments = [__file__, "--first-call", name, self.device, *map(str, task.cell)]
+            try:
+                self.add(task.cell, "first_call", name, ms=in_a_fresh_process(arguments, min(PATIENCE, left)))
+            except subprocess.TimeoutExpired as error:
+                if left < PATIENCE:
+                    raise OutOfTime from None
+                self.add(task.cell, "first_call", name, error=short(error))
+            except RuntimeError as error:
+                self.add(task.cell, "first_call", name, error=short(error))
+        self.write()
+
+    def guarded(self, task: Task, parts: list[str]) -> None:
+        """`measure`; where inputs or the judge fail, that is recorded for all contenders."""
+        try:
+            self.measure(task, parts)
+        except (OutOfTime, DeviceLost):
+            raise
+        except Exception as error:
+            for part, name in product(self.missing(task), self.impls(task)):
+                self.add(task.cell, part, name, error=f"not judged: {short(error)}")
+            self.write()
+            self.failure(task.cell, parts[-1], "flexattn", error)
+
+    def everything(self, tasks: list[Task]) -> None:
+        """All that is missing, until the time is over. Nothing is written where nothing is missing."""
+        if not any(map(self.missing, tasks)):
+            return print("nothing is left to measure; --again measures again", file=sys.stderr)
+        alone: dict[str, Callable[[Task], None]] = {"host": self.host, "first_call": self.first_call}
+        with self.sampler:
+            self.limits("begin")
+            try:
+                for task in tasks:
+                    parts, cell = self.missing(task), task.cell
+                    if not parts:
+                        continue
+                    self.check_time(*self.impls(task))
+                    left = f"{self.deadline - time.monotonic():.0f} s left"
+                    print(
+                        f"{cell.case} {cell.shape} S{cell.S}: {', '.join(parts)}; {left}", file=sys.stderr, flush=True
                     )
-                except subprocess.TimeoutExpired as error:
-                    self.add(cell, "first_call", name, error=short(error))
-                    continue
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-                self.add(cell, "first_call", name, error=said[-1][:200])
-            else:
-                self.add(cell, "first_call", name, ms=float(done.stdout.split()[-1]))
-
-    def everything(self) -> None:
-        o = self.options
-        self.limits("begin")
-        for part, function in (("first_call", self.first_call), ("host", self.host)):
-            if part in o.parts and not self.late() and self.missing(OVERHEAD[part], part):
-                function(OVERHEAD[part])
-                self.write()
-        for S, shape, case in product(o.lengths, o.shapes, o.cases):
-            B, Hq, Hkv, D = SHAPES.get(shape, TINY)
-            self.measure(Cell(case, o.dtype, B, Hq, Hkv, S, D))
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
-        self.limits("end")
+                    if parts[0] in alone:
+                        alone[parts[0]](task)
+                    else:
+                        self.guarded(task, parts)
+                    if self.device == "cuda":
+                        torch.cuda.empty_cache()
+            except OutOfTime:
+                print("out of time; the same command goes on", file=sys.stderr)
+            self.limits("end")
 
 
-def cell_of(record: Record) -> Cell:
-    return Cell(*(record[name] for name in Cell._fields))
+def best(
+    name: str, part: str, times: dict[Way, list[float]], ready: dict[Way, Ready], failed: dict[Way, str], work: float
+) -> dict[str, Any]:
+    """What is recorded of a contender: the times of its fastest variant, or why it has none."""
+    rounds = {way: statistics.median(t) for way, t in times.items() if way.name == name and way not in failed}
+    if not rounds:
+        return {"error": "; ".join(error for way, error in failed.items() if way.name == name)}
+    fastest = min(rounds, key=lambda way: rounds[way])
+    ms = rounds[fastest]
+    found = {
+        "ms": ms,
+        "tflops": 1e-9 * work / ms,
+        "rounds_ms": times[fastest],
+        "max_error": ready[fastest].errors[part],
+    }
+    if fastest.variant or len(rounds) > 1:
+        found |= {"variant": fastest.variant, "variants_ms": {way.variant: t for way, t in rounds.items()}}
+    return found
 
 
-def machine(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"torch": torch.__version__, "flexattn": flexattn.__version__}
-    found |= {"python": platform.python_version()}
-    if device == "cpu":
-        return {"gpu": None, "cpu": platform.processor() or platform.machine(), **found}
-    import triton
-
-    found |= {"triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda}
-    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    try:
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        driver, *clocks = said.strip().split(", ")
-        found |= {"driver": driver, "clocks": dict(zip(query.split(",")[1:], clocks, strict=True))}
-    except (OSError, ValueError, subprocess.SubprocessError):
-        found |= {"driver": None, "clocks": None}
-    return {"gpu": torch.cuda.get_device_name(), **found}
+def plain(name: str, problem: Problem) -> Attend:
+    """The first variant of a contender."""
+    attend = next(iter(CONTENDERS[name].values()))(problem)
+    assert attend is not None
+    return attend
 
 
-def table(about: dict[str, Any], records: list[Record]) -> str:
-    """Markdown: our times, and the rivals' divided by ours; above 1, flexattn is faster."""
-    cells: dict[tuple[Cell, str], dict[str, Record]] = {}
-    for r in records:
-        cells.setdefault((cell_of(r), r["pass"]), {})[r["impl"]] = r
-    compared = {at: found for at, found in cells.items() if at[1] in PARTS and "flexattn" in found}
-    rivals = [n for n in CONTENDERS if n != "flexattn" and any(n in found for found in compared.values())]
-    lines = [
-        f"# Attention on {about['gpu'] or 'a CPU'}",
-        "",
-        ", ".join(f"{k} {v}" for k, v in about.items() if v is not None and k != "clocks"),
-        "",
-        "Times of the rivals divided by that of flexattn: above 1, flexattn is faster.",
-        "",
-        "| case | shape | pass | ms | TFLOP/s | " + "".join(f"{n} | " for n in rivals) + "max error |",
-        "|---" * (6 + len(rivals)) + "|",
-    ]
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for (cell, part), found in compared.items():
-        ours = found["flexattn"]
-        row = [cell.case, cell.shape, part, number(ours["ms"], ".3f"), number(ours["tflops"], ".0f")]
-        for name in rivals:
-            theirs = found.get(name, {})
-            if theirs.get("ms") and ours["ms"] and theirs["run"] == ours["run"]:
-                ratio = theirs["ms"] / ours["ms"]
-                ratios.setdefault((part, name), []).append(ratio)
-                row.append(f"{ratio:.2f}")
-            else:
-                row.append("failed" if "error" in theirs else "")
-        lines.append("| " + " | ".join([*row, number(ours["max_error"], ".1e")]) + " |")
-    lines.append("")
-    for (part, name), values in ratios.items():
-        mean = math.exp(statistics.fmean(map(math.log, values)))
-        spread = f"least {min(values):.2f}, largest {max(values):.2f}, {len(values)} cells"
-        lines.append(f"- {part}, {name} / flexattn: geometric mean {mean:.2f}, {spread}")
-    for r in (r for r in records if r["impl"] in ("matmul", "copy")):
-        rate = f"{r['tflops']:.0f} TFLOP/s" if r["impl"] == "matmul" else f"{r['gb_per_s']:.0f} GB/s"
-        lines.append(f"- {r['impl']} at the {r['case']} of the run of {r['run']}: {rate}")
-    for r in (r for r in records if "error" in r):
-        lines.append(f"- {r['impl']} failed on {r['case']}, {cell_of(r).shape}, {r['pass']}: {r['error']}")
-    return "\n".join(lines) + "\n"
+def first_call(name: str, cell: Cell, device: str) -> None:
+    """What a process of its own does: print the milliseconds of the first forward and backward."""
+    problem = Problem(cell, device)
+    (problem.leaves[0] @ problem.leaves[0].mT).sum().item()  # torch's own start is not counted
+    start = time.perf_counter()
+    problem.gradients(plain(name, problem))[1].sum().item()
+    print(1e3 * (time.perf_counter() - start))
 
 
-def number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def chosen(options: argparse.Namespace) -> list[Task]:
+    """The tasks of the suites that the filters leave."""
+    some = lambda value: None if value is None else tuple(value)
+    keep = Filter(*map(some, (options.cases, options.lengths, options.shapes, options.parts, options.impls)))
+    suites = list(SUITES) if "all" in options.suite else options.suite
+    source = SMOKE if options.smoke else [task for name in suites for task in SUITES[name]]
+    return list(keep.keep(source, options.dtype))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, results in a temporary folder")
+    made.add_argument("--render", action="store_true", help="only make the tables and plots of the folder of --out")
+    made.add_argument("--suite", nargs="+", default=["all"], choices=[*SUITES, "all"], help="in order of importance")
+    made.add_argument("--cases", nargs="+", choices=CASES)
+    made.add_argument("--lengths", nargs="+", type=int, metavar="S", help="those of the suites")
+    made.add_argument("--shapes", nargs="+", choices=SHAPES)
+    made.add_argument("--parts", nargs="+", choices=PARTS)
+    made.add_argument("--impls", nargs="+", choices=ALL_IMPLS, help="instead of those of the suite")
+    made.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    made.add_argument("--rounds", type=int, default=2, help="how often the contenders take turns (2)")
+    made.add_argument("--rep", type=int, default=100, help="milliseconds of repetitions of each measurement (100)")
+    made.add_argument("--seconds", type=float, default=520, help="stop in time to end after that long (520)")
+    made.add_argument("--again", action="store_true", help="measure also what --out has already, failures included")
+    made.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-<date>.json")
+    return made
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--first-call"]:
         name, device, case, dtype, *sizes = sys.argv[2:]
         return first_call(name, Cell(case, dtype, *map(int, sizes)), device)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, against dense attention")
-    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help=f"default: {' '.join(DEFAULT)}")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--rounds", type=int, default=2, help="how often the contenders take turns")
-    parser.add_argument("--rep", type=int, default=100, help="milliseconds of repetitions of each measurement")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after that long")
-    parser.add_argument("--again", action="store_true", help="measure also what --out has already, failures included")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-<date>.json")
-    options = parser.parse_args()
+    options = parser().parse_args()
+    if options.render:
+        return print(f"written: {render(options.out.parent if options.out else RESULTS)}")
     if options.smoke:
-        options.shapes, options.lengths = ["tiny"], (200,)
-        options.contenders = options.contenders or ("flexattn", "dense")
         options.out = options.out or Path(tempfile.mkdtemp()) / "smoke.json"
     elif not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA device. --smoke tries the program on a CPU; bench_cpu.py measures there.")
     elif options.out is None:
-        gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().replace("nvidia", "")).strip("-")
-        options.out = Path(__file__).parent / "results" / f"{gpu}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
-    options.contenders = options.contenders or DEFAULT
-    bench = Bench(options)
-    bench.everything()
-    print(table(bench.machine, bench.records))
+        name = short_name(torch.cuda.get_device_name())
+        options.out = RESULTS / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    tasks = chosen(options)
+    if not tasks:
+        raise SystemExit("No problem of the suites is left by these filters: see gpu_suites.py for what there is.")
+    start = time.monotonic()
+    try:
+        Bench(options).everything(tasks)
+    except DeviceLost as lost:  # a new process gets the device back
+        left = options.seconds - (time.monotonic() - start)
+        if math.isfinite(left) and left > 2 * MARGIN:
+            print(f"{lost}; going on in a new process", file=sys.stderr, flush=True)
+            again = [a for a in sys.argv if a != "--again"]  # else it would meet the same end again
+            os.execv(sys.executable, [sys.executable, *again, "--seconds", str(left), "--out", str(options.out)])
+        raise SystemExit(f"{lost}; the same command goes on") from None
+    print(render(options.out.parent).read_text())
     print(f"written to {options.out}", file=sys.stderr)
 
 

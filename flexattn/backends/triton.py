@@ -28,10 +28,11 @@ from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import kernel_lists
+from . import autotune, kernel_lists
 from .collection import Collection, Tiling, is_deterministic
 from .launch import Call, launch, run
 from .target import interpreted
+from .tuning import tuning
 
 tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
@@ -100,7 +101,8 @@ def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) 
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "out": result.out}
     arguments = {"lse": result.lse, "max_scores": result.max_scores}
     arguments |= {"score_mod": made.score_mod, "mask_mod": made.mask_mod}
-    return _call(attention_forward, "forward", problem, matrices, arguments, made, options)
+    call = _call(attention_forward, "forward", problem, matrices, arguments, made, options)
+    return call._replace(outputs=lambda: result)
 
 
 def delta_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Call:
@@ -137,7 +139,8 @@ def dq_call(
         blocks = columns if lists is None else lists.partial_columns + lists.full_columns
         return collection.parts(Tiling(**sizes, tiles=shaped["tiles"], blocks=blocks), programs)
 
-    return call._replace(parts=parts)
+    call = call._replace(parts=parts, outputs=lambda: (result.dq, *collection.of_queries()))
+    return call if call.tuning is None else call._replace(prepare=collection.restart)
 
 
 def dkdv_call(
@@ -152,7 +155,8 @@ def dkdv_call(
     arguments |= {"column_sums": collection.columns, "COLUMNS": len(collection.columns)}
     arguments |= {name: f for name, f in made._asdict().items() if name not in ("row_grads", "tile_grads")}
     arguments["batches"] = problem.query.shape[0] // problem.key.shape[0]
-    return _call(attention_backward_dkdv, "dkdv", problem, matrices, arguments, made, options)
+    call = _call(attention_backward_dkdv, "dkdv", problem, matrices, arguments, made, options)
+    return call._replace(outputs=lambda: (result.dk, result.dv, *collection.columns))
 
 
 def _call(
@@ -208,6 +212,9 @@ def _call(
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
     widths = (_padded(D), _padded(DV))
+    compiler_options = _amd_options(options) if torch.version.hip else {}
+    facts = {"pass": which, "precision": precision, "contiguous": constants["CONTIGUOUS"], "compiler": compiler_options}
+    fixed = pinned(which, options)
     return Call(
         kernel=kernel,
         which=which,
@@ -215,11 +222,12 @@ def _call(
         product=_product(query, precision),
         head_dim=max(widths),
         row_bytes=sum(widths) * query.element_size(),
-        pinned=pinned(which, options),
+        pinned=fixed,
         arguments=arguments,
         shaped=shaped,
         device=query.device,
-        compiler_options=_amd_options(options) if torch.version.hip else {},
+        compiler_options=compiler_options,
+        tuning=tuning(problem, made, fixed, facts, autotune.search) if options.get("AUTOTUNE") else None,
     )
 
 

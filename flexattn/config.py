@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-Pass = Literal["forward", "dq", "dkdv"]
+Pass = Literal["forward", "dq", "dkdv", "one_pass"]  # the last: dK, dV and dQ by one kernel
 Product = Literal["half", "tf32", "ieee"]  # 16-bit operands; float32 on the matrix units; float32 without them
 
 
@@ -23,12 +23,16 @@ class KernelConfig(NamedTuple):
         BLOCK_N: keys of a tile, likewise.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        tma: whether tiles are loaded by the tensor memory accelerator, where the operands permit it.
+        overlap: whether the forward adds values one tile late, while it computes the next softmax; only with `tma`.
     """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    overlap: bool = False
 
 
 class Pinned(NamedTuple):
@@ -38,8 +42,11 @@ class Pinned(NamedTuple):
     BLOCK_N: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    tma: bool | None = None
+    overlap: bool | None = None
 
 
+BY_KEY: tuple[Pass, ...] = ("dkdv", "one_pass")  # a program's own side is the keys'; it walks over queries
 FREE = Pinned()
 _C = KernelConfig
 
@@ -58,6 +65,7 @@ RECOMMENDED: dict[tuple[Pass, str, Product], dict[int, KernelConfig]] = {
     ("dkdv", "datacenter", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
     ("dkdv", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},
+    ("one_pass", "hopper", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 128, 8, 2)},
     ("forward", "any", "tf32"): {64: _C(64, 64, 8, 2), 128: _C(32, 64, 4, 2), 256: _C(32, 32, 4, 2)},
     ("dq", "any", "tf32"): {64: _C(64, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "any", "tf32"): {64: _C(32, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 16, 4, 1)},
@@ -99,15 +107,23 @@ def chain(
 
     What is pinned is the same in all of them.
     """
-    rows = RECOMMENDED[which, family(backend, arch) if product == "half" else "any", product]
+    place = which, family(backend, arch) if product == "half" else "any", product
+    rows = RECOMMENDED.get(place) or RECOMMENDED["dkdv", place[1], product]
     first = rows[min((d for d in rows if d >= head_dim), default=max(rows))]
     stages = 1 if backend == "hip" else 2
     smaller = [c for c in LADDER if c.BLOCK_M * c.BLOCK_N <= first.BLOCK_M * first.BLOCK_N]
     candidates = [first, first._replace(num_stages=min(first.num_stages, stages)), *smaller]
-    if which == "dkdv":  # the program's own side is the keys'
+    if which in BY_KEY:  # the program's own side is the keys'
         candidates[2:] = [c._replace(BLOCK_M=c.BLOCK_N, BLOCK_N=c.BLOCK_M) for c in smaller]
+    by_tma = family(backend, arch) == "hopper" and product == "half"
     fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
-    return tuple(dict.fromkeys(c._replace(**fixed) for c in candidates))
+    return tuple(dict.fromkeys(c._replace(**{"tma": by_tma, **fixed}) for c in candidates))
+
+
+def prefers_one_pass(backend: str, arch: int | str, product: Product, head_dim: int) -> bool:
+    """Whether a backward in one pass is expected to be faster than one in two."""
+    rows = RECOMMENDED.get(("one_pass", family(backend, arch), product), {})
+    return any(d >= head_dim for d in rows)
 
 
 # What candidates vary, beside those of the chain: the values of a part of a configuration, in steps of one.
@@ -116,6 +132,12 @@ AXES: dict[str, tuple[Any, ...]] = {
     "BLOCK_N": (32, 64, 128),
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3, 4),
+}
+BY_TMA: dict[Pass, dict[str, tuple[Any, ...]]] = {  # where the recommendation loads by TMA
+    "forward": {"tma": (False, True), "overlap": (False, True)},
+    "dq": {"tma": (False, True)},
+    "dkdv": {"tma": (False, True)},
+    "one_pass": {"tma": (False, True)},
 }
 
 
@@ -129,8 +151,9 @@ def candidates(
     """
     rungs = chain(which, backend, arch, product, head_dim, pinned)
     fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
-    product_of_axes = itertools.product(*AXES.values())
-    wider = [rungs[0]._replace(**{**dict(zip(AXES, values, strict=True)), **fixed}) for values in product_of_axes]
+    axes = AXES | (BY_TMA[which] if rungs[0].tma else {})
+    every = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    wider = [rungs[0]._replace(**{**values, **fixed}) for values in every]
     found = tuple(dict.fromkeys((*rungs, *wider)))
     steps = {name: sorted({getattr(c, name) for c in found}) for name in KernelConfig._fields}
 
@@ -148,7 +171,7 @@ def least_shared_memory(which: Pass, config: KernelConfig, row_bytes: int) -> in
 
     `row_bytes` is the size of a row of both. Saves compiling what cannot fit.
     """
-    rows = config.BLOCK_M if which == "dkdv" else config.BLOCK_N
+    rows = config.BLOCK_M if which in BY_KEY else config.BLOCK_N
     return (config.num_stages - 1) * rows * row_bytes
 
 
@@ -159,8 +182,9 @@ def pinned(which: Pass, options: Mapping[str, Any]) -> Pinned:
 
 def option_names(which: Pass) -> dict[str, str]:
     """The kernel option that pins each part of a configuration of a pass."""
-    suffix = {"forward": "", "dkdv": "1", "dq": "2"}[which]
-    return {name: name + suffix if name.startswith("BLOCK_") else name for name in Pinned._fields}
+    suffix = {"forward": "", "dkdv": "1", "one_pass": "1", "dq": "2"}[which]
+    switches = {"tma": "USE_TMA", "overlap": "OVERLAP"}
+    return {name: name + suffix if name.startswith("BLOCK_") else switches.get(name, name) for name in Pinned._fields}
 
 
 def fitted(tile: int, block: int) -> int:

@@ -47,6 +47,18 @@ OPTIONS: dict[str, Option] = {
         "configurations are chosen by timing them, at the first call of a kind; the choice is kept on disk. What else is "
         "pinned stays so",
     ),
+    "USE_TMA": Option(
+        "bool",
+        "tiles are loaded by the tensor memory accelerator, where strides and alignment permit; on by itself on Hopper "
+        "for 16-bit types",
+    ),
+    "OVERLAP": Option(
+        "bool", "the forward adds values one tile late, so that a softmax overlaps a product; only where TMA is used"
+    ),
+    "ONE_PASS": Option(
+        "bool",
+        "the backward computes dQ with dK and dV in one kernel, added by atomics: faster, and not the same bits in every run",
+    ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
     "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),
@@ -56,7 +68,6 @@ OPTIONS: dict[str, Option] = {
     "PRESCALE_QK": Option("bool", _IGNORED + "the scale is part of the exponent wherever no mod needs it earlier"),
     "ROWS_GUARANTEED_SAFE": Option("bool", _IGNORED + "rows that attend to nothing are always handled"),
     "WRITE_DQ": Option("bool", _IGNORED + "the dQ pass writes dQ and the gradients of captured tensors"),
-    "USE_TMA": Option("bool", _IGNORED + "tiles are loaded through pointers"),
 }
 _TILES = frozenset(name for name, option in OPTIONS.items() if option.kind == _TILE)
 PREFIXES = ("fwd_", "bwd_")

@@ -32,6 +32,14 @@ class Lists(NamedTuple):
     stride_h: Any
 
 
+class Order(NamedTuple):
+    """The order in which tiles are started: a permutation [tiles] of int32 for every row of block lists."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
 class Shape(NamedTuple):
     """What a kernel is compiled for; every member is a `tl.constexpr`.
 
@@ -39,7 +47,7 @@ class Shape(NamedTuple):
     BLOCK_M, BLOCK_N: queries and keys of a tile. SPARSE_Q, SPARSE_KV: those of a block of the mask.
     LISTED: whether there are block lists. CONTIGUOUS: whether the full blocks of each are adjacent, in order.
     SCALE_IN_FACTOR: whether the scale is part of the exponent, see `scores`. PRECISION: see `product`.
-    OFFSET: the type of offsets inside a tile.
+    OFFSET: the type of offsets inside a tile. OVERLAP: whether values are added one tile late, see `forward`.
     """
 
     D: Any
@@ -55,3 +63,4 @@ class Shape(NamedTuple):
     SCALE_IN_FACTOR: Any
     PRECISION: Any
     OFFSET: Any
+    OVERLAP: Any

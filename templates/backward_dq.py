@@ -5,24 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .block_walk import find_row, masked_tile, plain_tile, tile_counts, tile_of_program
+from .block_walk import find_row, masked_tile, plain_tile, tile_bounds, tile_counts
 from .gradient import load_row_statistics, score_gradients
-from .memory import load_tile, slice_of, store_tile
+from .launch_order import work_of_program
+from .memory import load_tile, rows_of, slice_of, store_tile
 from .names import kernel_name
 from .product import product, product_transposed
 from .scores import log2_factor
 
 
 @triton.jit
-def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, start_m, stop_m,
+def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, keys, values, start_n, stop_n, is_full, start_m, stop_m,
               b, h, S, scale, factor, captured, dcaptured, line, slot, shape, score_mod: tl.constexpr,
               mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, row_grads: tl.constexpr, tile_grads: tl.constexpr,
               MASKED: tl.constexpr):  # fmt: skip
     """dq, before the scale, and the sums of captured gradients, plus what the keys from `start_n` on contribute."""
     offs_m, offs_n = start_m + tl.arange(0, shape.BLOCK_M), start_n + tl.arange(0, shape.BLOCK_N)
     q_idx, kv_idx = offs_m[:, None], offs_n[None, :]
-    k_tile = load_tile(k_ptr, k, start_n, stop_n, shape.BLOCK_N, shape.D, shape.BLOCK_D, MASKED, shape.OFFSET)
-    v_tile = load_tile(v_ptr, v, start_n, stop_n, shape.BLOCK_N, shape.DV, shape.BLOCK_DV, MASKED, shape.OFFSET)
+    k_tile = load_tile(keys, k, start_n, stop_n, shape.BLOCK_N, shape.D, shape.BLOCK_D, MASKED, shape.OFFSET)
+    v_tile = load_tile(values, v, start_n, stop_n, shape.BLOCK_N, shape.DV, shape.BLOCK_DV, MASKED, shape.OFFSET)
     # Both products before the elementwise work, which can then overlap the second.
     qk = product_transposed(q_tile, k_tile, shape.PRECISION)  # [BLOCK_M, BLOCK_N]
     dp = product_transposed(do_tile, v_tile, shape.PRECISION)
@@ -40,28 +41,29 @@ def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr,
 
 
 @triton.jit(repr=kernel_name("attention_backward_dq"), do_not_specialize=["first", "first_line", "slots"])
-def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_sums, dcaptured, first, first_line, slots, L,
-                          S, heads, group_size, tiles, scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,
-                          score_mod_grad: tl.constexpr, row_grads: tl.constexpr, tile_grads: tl.constexpr,
-                          ROWS: tl.constexpr):  # fmt: skip
+def attention_backward_dq(q, k, v, dout, dq, q_tma, k_tma, v_tma, do_tma, lse, delta, lists, order, captured, row_sums,
+                          dcaptured, first, first_line, slots, L, S, heads, group_size, heads_at_once, batches, tiles, scale,
+                          shape, score_mod: tl.constexpr, mask_mod: tl.constexpr, score_mod_grad: tl.constexpr,
+                          row_grads: tl.constexpr, tile_grads: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """dq = scale * dS k, and the gradients of loads: ROWS of them, summed over the keys, to `row_sums`; others by tile.
 
     Operands and grid as those of `attention_forward`; lse, delta and each of `row_sums` [B, Hq, L], contiguous float32.
-    The grid may be launched in parts, from the program `first` on, which begins with line `first_line` of B * Hq * L. The
-    workspaces of a part are in `dcaptured`, with `slots` tiles for each program.
+    The grid may be launched in parts, from the program `first` on, which begins with line `first_line` of B * Hq * L, if
+    programs go head by head. The workspaces of a part are in `dcaptured`, with `slots` tiles for each program.
     """
     program = tl.program_id(0) + first
     slot = tl.program_id(0).to(tl.int64) * slots  # of the first tile, in a workspace
-    t = program % tiles
-    bh = program // tiles
+    t, b, h = work_of_program(program, tiles, heads, batches, heads_at_once, order)
+    bh = b * heads + h
     line = bh.to(tl.int64) * L - first_line
-    b, h = bh // heads, bh % heads
-    row, start_m, stop_m = tile_of_program(t, L, shape.SPARSE_Q, shape.BLOCK_M)
+    row, start_m, stop_m = tile_bounds(t, L, shape.SPARSE_Q, shape.BLOCK_M)
     offs_m = start_m + tl.arange(0, shape.BLOCK_M)
-    k_ptr, v_ptr = slice_of(k, b, h // group_size), slice_of(v, b, h // group_size)
-    q_tile = load_tile(slice_of(q, b, h), q, start_m, stop_m, shape.BLOCK_M, shape.D, shape.BLOCK_D, True, shape.OFFSET)
+    keys, values = rows_of(k, k_tma, b, h // group_size), rows_of(v, v_tma, b, h // group_size)
+    q_tile = load_tile(
+        rows_of(q, q_tma, b, h), q, start_m, stop_m, shape.BLOCK_M, shape.D, shape.BLOCK_D, True, shape.OFFSET
+    )
     do_tile = load_tile(
-        slice_of(dout, b, h), dout, start_m, stop_m, shape.BLOCK_M, shape.DV, shape.BLOCK_DV, True, shape.OFFSET
+        rows_of(dout, do_tma, b, h), dout, start_m, stop_m, shape.BLOCK_M, shape.DV, shape.BLOCK_DV, True, shape.OFFSET
     )
     lse_i, delta_i = load_row_statistics(lse, delta, bh.to(tl.int64) * L + offs_m, offs_m, stop_m)
     factor = log2_factor(scale, shape.SCALE_IN_FACTOR)
@@ -77,14 +79,14 @@ def attention_backward_dq(q, k, v, dout, dq, lse, delta, lists, captured, row_su
             partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED
         )  # fmt: skip
         acc, sums = _add_keys(
-            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, stop_n, is_full, start_m, stop_m,
+            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, keys, values, start_n, stop_n, is_full, start_m, stop_m,
             b, h, S, scale, factor, captured, dcaptured, line, slot + i, shape, score_mod, mask_mod,
             score_mod_grad, row_grads, tile_grads, True,
         )  # fmt: skip
     for i in tl.range(0, plain_tiles):
         start_n = plain_tile(full, i, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED, shape.CONTIGUOUS)
         acc, sums = _add_keys(
-            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, k_ptr, v_ptr, start_n, S, True, start_m, stop_m,
+            acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, keys, values, start_n, S, True, start_m, stop_m,
             b, h, S, scale, factor, captured, dcaptured, line, slot + masked_tiles + i, shape, score_mod, mask_mod,
             score_mod_grad, row_grads, tile_grads, False,
         )  # fmt: skip

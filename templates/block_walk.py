@@ -75,6 +75,24 @@ def masked_tile(partial, full, i, partial_tiles, plain_tiles, length, SPARSE: tl
 
 
 @triton.jit
+def first_tile(partial, full, partial_tiles, masked_tiles, plain_tiles, length, SPARSE: tl.constexpr, TILE: tl.constexpr,
+               LISTED: tl.constexpr):  # fmt: skip
+    """The first tile of the walk, of either phase, as `masked_tile` gives it; if there is none, one beyond the end."""
+    exists = masked_tiles + plain_tiles > 0
+    is_full = partial_tiles == 0
+    start, stop = length, length
+    if LISTED:
+        # The masked phase begins with a full block only if that is the last one listed.
+        at = tl.where(masked_tiles > 0, plain_tiles // (SPARSE // TILE), 0)
+        block = tl.load(partial, mask=is_full == 0, other=0)
+        block = tl.where(is_full, tl.load(full + at, mask=is_full & exists, other=0), block)
+        start, stop = block * SPARSE, tl.minimum(length, (block + 1) * SPARSE)
+    else:
+        start = tl.where(is_full & (masked_tiles > 0), plain_tiles * TILE, 0)
+    return tl.where(exists, start, length), stop, is_full
+
+
+@triton.jit
 def plain_tile(full, i, SPARSE: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, CONTIGUOUS: tl.constexpr):
     """The first index of tile `i` of the plain phase. CONTIGUOUS: full blocks are adjacent, and counted, not read."""
     TILES: tl.constexpr = SPARSE // TILE
@@ -88,7 +106,7 @@ def plain_tile(full, i, SPARSE: tl.constexpr, TILE: tl.constexpr, LISTED: tl.con
 
 
 @triton.jit
-def tile_of_program(t, length, SPARSE: tl.constexpr, TILE: tl.constexpr):
+def tile_bounds(t, length, SPARSE: tl.constexpr, TILE: tl.constexpr):
     """Tile `t` of the axis that programs divide: its block, its first index, the index it ends before."""
     TILES: tl.constexpr = (SPARSE + TILE - 1) // TILE
     block = t // TILES

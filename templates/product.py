@@ -25,3 +25,12 @@ def product_transposed(a, b, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), input_precision="ieee")
     else:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
+def transposed_product(a, b, PRECISION: tl.constexpr):
+    """a^T @ b."""
+    if PRECISION == "raised":
+        return tl.dot(tl.trans(a.to(tl.float32)), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(tl.trans(a), b, input_precision=PRECISION)

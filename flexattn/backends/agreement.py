@@ -19,7 +19,8 @@ BY_DTYPE = {torch.bfloat16: 2**-4, torch.float16: 2**-6}
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor], product: Product) -> bool:
     """Whether all elements that are finite in `expected` are nearly the same in `found`. Waits for the device."""
-    tolerance = BY_PRODUCT.get(product) or max((BY_DTYPE.get(t.dtype, 0.0) for t in expected), default=0.0)
+    of_dtypes = [BY_DTYPE[t.dtype] for t in expected if t.dtype in BY_DTYPE]
+    tolerance = BY_PRODUCT.get(product) or max(of_dtypes, default=BY_DTYPE[torch.bfloat16])
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b.numel()]
     return all(_near(a, b, tolerance) for a, b in pairs)
 

@@ -33,6 +33,7 @@ SECONDS = 2.0  # after which no more candidates are timed; compiling does not co
 ROUNDS = 10  # in which every contender is run once
 HOPELESS = 1.5  # times the fastest, in the first round: not run again
 GAIN = 0.02  # by which another must be faster than the table's
+IN_SHAPE = ("BLOCK_M", "BLOCK_N", "tma", "overlap")  # parts of a configuration that reach the kernel as operands only
 SPILLED = 64  # bytes of a thread: one that spills more is not timed
 
 Key = TypeVar("Key")
@@ -191,11 +192,15 @@ def _fastest_of(
 
 
 def _kernel_key(call: Call, config: KernelConfig) -> tuple[Any, ...]:
-    """Equal for configurations that give the same kernel and grid: tiles are not larger than a block of the mask."""
+    """Equal for configurations that give the same kernel and grid: no tile is larger than a block of the mask, and TMA
+    may be impossible."""
     shaped = call.shaped(config)
-    tiles = [getattr(shaped.get("shape"), name, None) for name in ("BLOCK_M", "BLOCK_N")]
-    sizes = [getattr(size, "value", size) for size in tiles]
-    return (shaped["grid"], *sizes, *config[2:]) if None not in sizes else (shaped["grid"], *config)
+    if "shape" not in shaped:
+        return (shaped["grid"], *config)
+    # Equal shapes are one object; what is None, a descriptor too, is no operand.
+    operands = tuple(value is None for value in shaped.values())
+    own = [value for name, value in config._asdict().items() if name not in IN_SHAPE]
+    return (shaped["grid"], id(shaped["shape"]), operands, *own)
 
 
 def machine_of(device: torch.device, target: Target) -> Machine:

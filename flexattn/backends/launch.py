@@ -74,7 +74,7 @@ class Call(NamedTuple):
     device: torch.device
     compiler_options: Mapping[str, Any] = MappingProxyType({})
     parts: Callable[[int, dict[str, Any]], Iterator[tuple[int, dict[str, Any]]]] = whole
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[], object] | None = None
     outputs: Callable[[], Sequence[Tensor]] = tuple
     tuning: Tuning | None = None
 

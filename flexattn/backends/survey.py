@@ -14,9 +14,10 @@ from ..codegen.pipeline import Variant
 from ..problem import Problem
 from .collection import Collection
 from .launch import Call, choose
+from .one_pass import Backward
 from .resources import Resources
 from .target import Target, compiling_for
-from .triton import Backward, Forward, dkdv_call, dq_call, forward_call
+from .triton import Forward, dkdv_call, dq_call, forward_call
 
 HEADS, LENGTH = 8, 4096
 PRODUCTS = {"half": "16-bit products", "tf32": "TF32 products", "ieee": "float32 products"}

@@ -19,18 +19,21 @@ from ..codegen.access import Methods
 from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
-from ..config import KernelConfig, Pass, Pinned, Product, fitted, pinned
-from ..kernel_options import options_of
+from ..config import BY_KEY, KernelConfig, Pass, Pinned, fitted, pinned
+from ..kernel_options import options_of, options_text
 from ..layout import empty_like_strides
 from ..problem import Problem
-from ..templates.arguments import Lists, Matrix, Shape
+from ..templates.arguments import Lists, Matrix, Order, Shape
 from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import autotune, kernel_lists
+from . import autotune, kernel_lists, work_order
 from .collection import Collection, Tiling, is_deterministic
+from .descriptors import LARGEST_BOX, describable, sum_descriptor, tile_descriptor
 from .launch import Call, launch, run
+from .one_pass import ALONE, Backward, Sums, one_pass
+from .products import padded, precision_of, product_of
 from .target import interpreted
 from .tuning import tuning
 
@@ -38,6 +41,7 @@ tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
 DELTA = KernelConfig(128, 16, 4, 1)  # of the delta kernel: it has nothing to tune
 MARGIN = 512  # no tile has more rows or columns
+TMA = {"q": "q_tma", "k": "k_tma", "v": "v_tma", "dout": "do_tma"}  # the descriptor of each matrix that is read
 
 
 class Forward(NamedTuple):
@@ -46,15 +50,6 @@ class Forward(NamedTuple):
     out: Tensor
     lse: Tensor
     max_scores: Tensor
-
-
-class Backward(NamedTuple):
-    """Gradients of query, key, value, and of the captured tensors asked for."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dcaptured: list[Tensor]
 
 
 def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
@@ -81,17 +76,19 @@ def backward(
     query, key, value = problem.query, problem.key, problem.value
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value))
     result = Backward(dq, dk, dv, [])
-    collection = Collection(problem, wanted, is_deterministic(options_of(options, forward=False)))
+    said = options_of(options, forward=False)
+    collection = Collection(problem, wanted, is_deterministic(said))
+    if not query.numel() or not key.numel():
+        result.dq.zero_(), result.dk.zero_(), result.dv.zero_()
+        return result._replace(dcaptured=collection.results())
     lse = lse.contiguous()
-    if query.numel():
-        delta = torch.empty_like(lse)
-        run(delta_call(problem, out, dout, dlse, delta), DELTA)
+    delta = torch.empty_like(lse)
+    sums = Sums.of(problem, one_pass(problem, collection, said), said)
+    run(delta_call(problem, out, dout, dlse, delta, sums.dq), DELTA)
+    if sums.dq is None:
         launch(dq_call(problem, dout, lse, delta, result, collection, options))
-    if key.numel():
-        if not query.numel():
-            result.dk.zero_(), result.dv.zero_()
-        else:
-            launch(dkdv_call(problem, dout, lse, delta, result, collection, options))
+    launch(dkdv_call(problem, dout, lse, delta, result, collection, options, sums))
+    sums.finish(result, problem.scale)
     return result._replace(dcaptured=collection.results())
 
 
@@ -105,14 +102,18 @@ def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) 
     return call._replace(outputs=lambda: result)
 
 
-def delta_call(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Call:
-    """The call that computes rowsum(dout * out) - dlse."""
+def delta_call(
+    problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor, dq_sum: Tensor | None = None
+) -> Call:
+    """The call that computes rowsum(dout * out) - dlse, and sets `dq_sum` to zero."""
     B, H, L, DV = out.shape
-    width = _padded(DV)
+    width = padded(DV)
     rows = max(16, min(128, 8192 // width))
-    tiles = -(-L // rows)
+    covered = L if dq_sum is None else dq_sum.shape[2]
+    tiles = -(-covered // rows)
     arguments = {
         "out": _matrix(out), "dout": _matrix(dout), "delta": delta, "L": L, "heads": H, "tiles": tiles,
+        "dq_sum": dq_sum, "rows": covered, "BLOCK_D": 0 if dq_sum is None else dq_sum.shape[3],
         "dlse": None if dlse is None else dlse.to(torch.float32).contiguous(), "HAS_DLSE": dlse is not None,
         "DV": DV, "BLOCK_DV": width, "BLOCK_M": rows, "OFFSET": _offset_type(out, dout),
     }  # fmt: skip
@@ -129,6 +130,7 @@ def dq_call(
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout, "dq": result.dq}
     arguments: dict[str, Any] = {"lse": lse, "delta": delta, "row_sums": collection.rows, "ROWS": len(collection.rows)}
     arguments |= {name: f for name, f in made._asdict().items() if name != "column_grads"}
+    arguments["methods"] = collection.methods
     call = _call(attention_backward_dq, "dq", problem, matrices, arguments, made, options)
 
     def parts(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -145,18 +147,22 @@ def dq_call(
 
 def dkdv_call(
     problem: Problem, dout: Tensor, lse: Tensor, delta: Tensor, result: Backward, collection: Collection,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any], sums: Sums = ALONE,
 ) -> Call:  # fmt: skip
-    """The call of the kernel that fills `result.dk`, `result.dv` and what `collection` has for columns."""
+    """The call of the kernel that fills `result.dk`, `result.dv` or `sums`, and what `collection` has for columns."""
     made = _functions(problem, collection.methods)._replace(row_grads=None, tile_grads=None)
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout}
-    matrices |= {"dk": result.dk, "dv": result.dv}
-    arguments: dict[str, Any] = {"lse": lse, "delta": delta}
+    matrices |= {"dk": result.dk if sums.dk is None else sums.dk, "dv": result.dv if sums.dv is None else sums.dv}
+    arguments: dict[str, Any] = {"lse": lse, "delta": delta, "splits": sums.splits, "dq_sum": sums.dq}
+    arguments["rows"] = 0 if sums.dq is None else sums.dq.shape[2]
     arguments |= {"column_sums": collection.columns, "COLUMNS": len(collection.columns)}
     arguments |= {name: f for name, f in made._asdict().items() if name not in ("row_grads", "tile_grads")}
-    arguments["batches"] = problem.query.shape[0] // problem.key.shape[0]
-    call = _call(attention_backward_dkdv, "dkdv", problem, matrices, arguments, made, options)
-    return call._replace(outputs=lambda: (result.dk, result.dv, *collection.columns))
+    arguments["sharing"] = problem.query.shape[0] // problem.key.shape[0]
+    which: Pass = "dkdv" if sums.dq is None else "one_pass"
+    call = _call(attention_backward_dkdv, which, problem, matrices, arguments, made, options)
+    written = (matrices["dk"], matrices["dv"], *collection.columns, *(() if sums.dq is None else (sums.dq,)))
+    call = call._replace(outputs=lambda: written)
+    return call if sums.dq is None or call.tuning is None else call._replace(prepare=sums.dq.zero_)
 
 
 def _call(
@@ -169,21 +175,34 @@ def _call(
     B, H, L, D = query.shape
     S, DV = key.shape[2], problem.value.shape[-1]
     block_q, block_kv = problem.block_size
-    by_key = which == "dkdv"
+    by_key = which in BY_KEY
+    group, sharing, splits = H // key.shape[1], B // key.shape[0], arguments.get("splits", 1)
+    # Programs that gather in workspaces are told apart by their numbers, head by head.
+    by_head = any(m not in (None, "row", "column") for m in arguments.pop("methods", ()))
     listed = bool(problem.block_mask)
-    precision = _precision(query)
+    precision = precision_of(query)
     arguments = arguments | {name: _matrix(t) for name, t in matrices.items()}
     if not by_key and key.shape[0] == 1:  # keys that all batch entries share
         arguments |= {name: arguments[name]._replace(stride_b=0) for name in ("k", "v")}
     arguments["captured"] = captured_arguments(
         problem.variant, problem.tensors, problem.floats, problem.ints, query.device
     )
-    arguments |= {"L": L, "S": S, "heads": H, "group_size": H // key.shape[1], "scale": problem.scale}
+    arguments |= {"L": L, "S": S, "heads": H, "group_size": group, "scale": problem.scale}
+    read = [n for n in ("q", "k", "v", "dout") if n in matrices]
+    by_tma = all(describable(matrices[n]) for n in read)
+    row_bytes = (padded(D) + padded(DV)) * query.element_size()
+    if by_key:
+        batches, outer = key.shape[0] * splits, key.shape[0] * splits * key.shape[1]
+        at_once = work_order.together(1, L * row_bytes * -(-group * sharing // splits), outer, query.device)
+    else:
+        batches, outer = B, B * H
+        at_once = work_order.together(group, S * row_bytes, outer, query.device)
+    arguments |= {"batches": batches, "heads_at_once": 1 if by_head else at_once}
     constants: dict[str, Any] = {
         "D": D,
         "DV": DV,
-        "BLOCK_D": _padded(D),
-        "BLOCK_DV": _padded(DV),
+        "BLOCK_D": padded(D),
+        "BLOCK_DV": padded(DV),
         "LISTED": listed,
         "CONTIGUOUS": _is_contiguous(problem, by_key, options),
         "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0,
@@ -198,28 +217,52 @@ def _call(
         else:
             BLOCK_M, BLOCK_N = SPARSE_Q, SPARSE_KV = config.BLOCK_M, config.BLOCK_N
         if by_key:
-            tiles, outer = _tiles(S, SPARSE_KV, BLOCK_N), key.shape[0] * key.shape[1]
+            tiles = _tiles(S, SPARSE_KV, BLOCK_N)
         else:
-            tiles, outer = _tiles(L, SPARSE_Q, BLOCK_M), B * H
+            tiles = _tiles(L, SPARSE_Q, BLOCK_M)
         lists: Lists | None = None
-        if listed and by_key:
-            lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
-        elif listed:
-            lists = kernel_lists.by_query(problem.block_mask, SPARSE_KV, S)
+        order: Order | None = None
+        if listed:
+            if by_key:
+                lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
+                inner = -(-SPARSE_KV // BLOCK_N), group, sharing, splits, "keys"
+            else:
+                lists = kernel_lists.by_query(problem.block_mask, SPARSE_KV, S)
+                inner = -(-SPARSE_Q // BLOCK_M), 1, 1, 1, "queries"
+            if not by_head:
+                order = work_order.longest_first(problem.block_mask, lists, tiles, *inner)
+        tma = config.tma and by_tma and SPARSE_Q % BLOCK_M == 0 and SPARSE_KV % BLOCK_N == 0
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
-        return {"shape": _shape(**constants, **sizes), "lists": lists, "tiles": tiles, "grid": tiles * outer}
+        shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma)
+        found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
+        for name in read:
+            rows, columns = (BLOCK_N if name in "kv" else BLOCK_M), padded(matrices[name].shape[-1])
+            fitting = tma and rows <= LARGEST_BOX and columns <= LARGEST_BOX
+            found[TMA[name]] = tile_descriptor(arguments[name].ptr, rows, columns) if fitting else None
+        if by_key:
+            dq_sum = arguments["dq_sum"]
+            by_descriptor = tma and dq_sum is not None and not interpreted()  # where it cannot add
+            found["dq_tma"] = sum_descriptor(dq_sum, BLOCK_M) if by_descriptor else None
+        return found
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
-    widths = (_padded(D), _padded(DV))
+    widths = (padded(D), padded(DV))
     compiler_options = _amd_options(options) if torch.version.hip else {}
-    facts = {"pass": which, "precision": precision, "contiguous": constants["CONTIGUOUS"], "compiler": compiler_options}
+    facts = {
+        "pass": which,
+        "precision": precision,
+        "contiguous": constants["CONTIGUOUS"],
+        "tma": by_tma,
+        "splits": splits,
+    }
+    facts["compiler"] = options_text(compiler_options)
     fixed = pinned(which, options)
     return Call(
         kernel=kernel,
         which=which,
         key=key_of_choice,
-        product=_product(query, precision),
+        product=product_of(query, precision),
         head_dim=max(widths),
         row_bytes=sum(widths) * query.element_size(),
         pinned=fixed,
@@ -276,11 +319,6 @@ def _matrix(t: Tensor) -> Matrix:
     return Matrix(t, *t.stride())
 
 
-def _padded(columns: int) -> int:
-    """The width of a tile: a power of two that the matrix units take."""
-    return max(16, 1 << (columns - 1).bit_length())
-
-
 def _sparse(block: int, length: int, tile: int) -> int:
     """The size of a block, no larger than the whole axis needs if it is a single block."""
     return min(block, max(tile, 1 << (length - 1).bit_length())) if block >= length > 0 else block
@@ -301,24 +339,6 @@ def _offset_type(*matrices: Tensor) -> Any:
     """32 or 64 bits, by the offsets inside a tile."""
     reach = max(MARGIN * t.stride(2) + MARGIN * t.stride(3) for t in matrices)
     return tl.int64 if reach > FARTHEST else tl.int32
-
-
-def _precision(query: Tensor) -> str:
-    """How products are computed, as `templates.product` names it. For float32, torch's own setting."""
-    if interpreted() and query.dtype is torch.bfloat16:
-        return "raised"
-    if query.dtype is not torch.float32 or interpreted() or torch.version.hip is not None:
-        return "ieee"
-    if query.device.type == "cpu" and triton.runtime.driver.active.get_current_target().backend == "hip":
-        return "ieee"  # only compiled, for a GPU that is named
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
-def _product(query: Tensor, precision: str) -> Product:
-    """The row of the table of configurations."""
-    if query.dtype is not torch.float32:
-        return "half"
-    return "tf32" if precision == "tf32" else "ieee"
 
 
 def _amd_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def tuning(
 ) -> Tuning:
     """The tuning of a call, whose choices `search` makes.
 
-    made: the generated functions, whose names are digests of their texts. constants: further facts.
+    made: the generated functions, whose names are digests of their texts. constants: further facts, hashable.
     """
     B, H, L, D = problem.query.shape
     keys = problem.key.shape
@@ -64,7 +64,7 @@ def tuning(
             **constants,
         }
 
-    return Tuning((*sizes.values(), *group, widths), facts, search)
+    return Tuning((*sizes.values(), *group, widths, *constants.values()), facts, search)
 
 
 def power_of_two(n: int) -> int:

@@ -46,7 +46,7 @@ def main() -> None:
     problem = Problem(q, q, q, captured, list(mask.kv_lists()), ints, (128, 128), variant(program), 0.1)
     # Few are left to compile: the pipeline's depth in the forward, the warps in the backward.
     options = {name: 64 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}
-    options |= {"AUTOTUNE": True, "fwd_num_warps": 4, "bwd_num_stages": 1}
+    options |= {"AUTOTUNE": True, "fwd_num_warps": 4, "bwd_num_stages": 1, "USE_TMA": False, "OVERLAP": False}
     for _ in range(2):
         out, lse, _ = forward(problem, options)
         backward(problem, out, lse, out, None, [0], options)

@@ -25,7 +25,8 @@ from flexattn.backends.target import Target
 
 TARGET = Target("cuda", 90, 232448)
 TABLE = chain("forward", "cuda", 90, "half", 64)[0]
-FAST = KernelConfig(64, 64, 4, 3)
+FAST = TABLE._replace(BLOCK_M=64)
+WORDS = autotune.in_words(FAST)
 Rule = Callable[[KernelConfig], Any]
 
 
@@ -112,7 +113,8 @@ def test_the_table_stays_unless_another_is_faster_by_more_than_noise(kernel: Ker
 def test_a_candidate_is_judged_by_its_median(kernel: Kernel) -> None:
     times = iter([1.0, 0.1, *[1.0, 2.0] * 100])
     kernel.milliseconds = lambda config: next(times)
-    assert tuned(call_of(kernel, Pinned(64, 64, 4))) == chain("forward", "cuda", 90, "half", 64, Pinned(64, 64, 4))[0]
+    pins = Pinned(64, 64, 4, tma=False, overlap=False)
+    assert tuned(call_of(kernel, pins)) == chain("forward", "cuda", 90, "half", 64, pins)[0]
 
 
 def test_a_candidate_with_another_result_is_dropped_with_a_warning(kernel: Kernel) -> None:
@@ -120,14 +122,12 @@ def test_a_candidate_with_another_result_is_dropped_with_a_warning(kernel: Kerne
     for number, error in enumerate((1.0, float("nan"), float("inf"))):
         kernel.error = lambda config: error if config == FAST else 0.0
         autotune.say_once.cache_clear()
-        with pytest.warns(
-            UserWarning, match="BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3.* computes something else"
-        ):
+        with pytest.warns(UserWarning, match=f"{WORDS} computes something else"):
             assert tuned(call_of(kernel, number=number)) == TABLE
 
 
 def test_a_candidate_that_fails_or_spills_is_dropped_quietly(kernel: Kernel) -> None:
-    slow = KernelConfig(128, 128, 4, 3)
+    slow = TABLE._replace(BLOCK_N=128)
     kernel.milliseconds = lambda config: {FAST: 0.5, slow: 0.6}.get(config, 1.0)
     kernel.refuses = lambda config: config == FAST
     assert tuned(call_of(kernel)) == slow
@@ -175,7 +175,7 @@ def test_a_choice_is_made_once_and_read_from_disk_by_the_next_process(
     tuned(call_of(kernel))
     (entry,) = tuning_cache.entries()
     assert entry.choice == FAST._asdict()
-    assert entry.milliseconds["BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3"] == 0.5
+    assert entry.milliseconds[WORDS] == 0.5
     kernel.ran.clear()
     assert tuned(call_of(kernel)) == FAST
     forget(monkeypatch)
@@ -283,6 +283,5 @@ def test_what_was_chosen_is_logged(kernel: Kernel, caplog: pytest.LogCaptureFixt
     with caplog.at_level("DEBUG", "flexattn.autotune"):
         tuned(call_of(kernel))
     first, second, *_ = caplog.messages
-    words = "BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3"
-    assert first == f"forward: {words} is the fastest of {1 + autotune.COMPILED}"
-    assert second == f"forward: 0.5000 ms with {words}"
+    assert first == f"forward: {WORDS} is the fastest of {1 + autotune.COMPILED}"
+    assert second == f"forward: 0.5000 ms with {WORDS}"

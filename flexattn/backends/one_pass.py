@@ -1,0 +1,95 @@
+"""A backward whose programs share their results: dQ of one pass, and the keys of a group that is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import prefers_one_pass
+from ..problem import Problem
+from . import work_order
+from .collection import Collection, is_deterministic
+from .products import padded, precision_of, product_of
+from .target import current, interpreted
+
+ROWS = 128  # of dQ's buffer are a multiple of this, and so of every tile
+
+
+class Backward(NamedTuple):
+    """Gradients of query, key, value, and of the captured tensors asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dcaptured: list[Tensor]
+
+
+class Sums(NamedTuple):
+    """What programs of the dK/dV kernel share, in float32.
+
+    dq: [B, Hq, rows, width], to which a backward in one pass adds, without the scale; else None. `rows` is a multiple of
+    every tile. dk, dv: [B * splits, Hkv, S, .], where the heads of a group are divided among `splits` programs; else None.
+    """
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    splits: int
+
+    @staticmethod
+    def of(problem: Problem, in_one_pass: bool, options: Mapping[str, Any]) -> Sums:
+        """The buffers for a problem. That of dQ is set to zero by the delta kernel."""
+        query, key, value = problem.query, problem.key, problem.value
+        new = partial(torch.empty, dtype=torch.float32, device=query.device)
+        Bkv, Hkv, S, D = key.shape
+        group = query.shape[0] // Bkv * (query.shape[1] // Hkv)
+        parts = work_order.splits(S, Bkv * Hkv, group, query.device)
+        dq = dk = dv = None
+        if in_one_pass:
+            step = max(ROWS, options.get("BLOCK_M1", 0))
+            dq = new(*query.shape[:2], -(-query.shape[2] // step) * step, padded(D))
+        if parts > 1:
+            dk, dv = new(Bkv * parts, Hkv, S, D), new(Bkv * parts, Hkv, S, value.shape[-1])
+        return Sums(dq, dk, dv, parts)
+
+    def finish(self, result: Backward, scale: float) -> None:
+        """Gradients in their own dtypes."""
+        if self.dq is not None:
+            L, D = result.dq.shape[2:]
+            torch.mul(self.dq[:, :, :L, :D], scale, out=result.dq)
+        if self.dk is not None and self.dv is not None:
+            for parts, total in ((self.dk, result.dk), (self.dv, result.dv)):
+                total.copy_(parts.unflatten(0, (-1, self.splits)).sum(1))
+
+
+ALONE = Sums(None, None, None, 1)  # two passes, and one program for all that share keys
+
+
+def one_pass(problem: Problem, collection: Collection, options: Mapping[str, Any]) -> bool:
+    """Whether dQ is computed with dK and dV: if that is faster, and nothing needs the queries' own pass."""
+    wanted = options.get("ONE_PASS")
+    able = set(collection.methods) <= {None, "column"} and (not problem.block_mask or problem.block_size[0] % 16 == 0)
+    if is_deterministic(options) or not able:
+        if wanted and not able:
+            raise ValueError(
+                "kernel option ONE_PASS=True: the gradients of captured tensors that this score_mod reads by head, row or "
+                "element, and blocks of queries that are no multiple of 16, need the two passes; leave the option out"
+            )
+        return False
+    if wanted is None:
+        return one_pass_is_faster(problem)
+    return bool(wanted)
+
+
+def one_pass_is_faster(problem: Problem) -> bool:
+    """What the table of configurations says for the current device."""
+    if interpreted() or problem.query.device.type != "cuda":
+        return False
+    target = current()
+    query, precision = problem.query, precision_of(problem.query)
+    width = max(padded(query.shape[-1]), padded(problem.value.shape[-1]))
+    return prefers_one_pass(target.backend, target.arch, product_of(query, precision), width)

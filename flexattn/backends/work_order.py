@@ -1,0 +1,91 @@
+"""In which order a GPU gets its programs: heads that share the cache together, the longest rows of blocks first.
+
+The order changes no result. What a block mask says of its rows is read once and kept with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..templates.arguments import Lists, Order
+from .kept import kept
+
+
+class Device(NamedTuple):
+    """What counts of a GPU: multiprocessors, and bytes of the cache that they share."""
+
+    processors: int
+    cache: int
+
+
+USUAL = Device(132, 50 * 2**20)  # an H200, for kernels that are compiled or interpreted without a GPU
+CACHE_SHARE = 0.75  # of the cache for what programs read in common; the rest is for what they write
+WAVES = 2  # programs for each multiprocessor, below which the heads of a group are divided
+KEYS = 128  # of a program, for counting them before the configuration is known
+
+
+@lru_cache
+def device(where: torch.device) -> Device:
+    """The device of a tensor."""
+    if where.type != "cuda":
+        return USUAL
+    properties = torch.cuda.get_device_properties(where)
+    return Device(properties.multi_processor_count, properties.L2_cache_size or USUAL.cache)
+
+
+def together(group: int, shared_bytes: int, heads: int, where: torch.device) -> int:
+    """How many of `heads` query heads, those of all batch entries, take turns.
+
+    `group` of them read the same `shared_bytes`.
+    """
+    room = int(CACHE_SHARE * device(where).cache) // max(1, shared_bytes)
+    fitting = 1 << (room.bit_length() - 1) if room else 1
+    return max(1, min(heads, group * fitting))
+
+
+def splits(S: int, kv_heads: int, group: int, where: torch.device) -> int:
+    """Into how many programs the `group` of heads that read the same keys is divided, so that none is idle.
+
+    `kv_heads` counts those of all batch entries.
+    """
+    programs = -(-S // KEYS) * kv_heads
+    return max(1, min(group, WAVES * device(where).processors // max(1, programs)))
+
+
+def longest_first(
+    block_mask: Sequence[Tensor],
+    lists: Lists,
+    tiles: int,
+    tiles_of_block: int,
+    group: int = 1,
+    sharing: int = 1,
+    splits: int = 1,
+    what: str = "",
+) -> Order | None:
+    """The tiles of each row of `lists`, those whose blocks are most first; None while a CUDA graph is captured.
+
+    Programs that work for `group` heads and `sharing` batch entries at once, in `splits` parts, count the blocks of all.
+    `what` tells the lists apart that are made of one block mask.
+    """
+    if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a graph may outlive the order, which lives as long as the block mask
+    rest = (what, tiles, tiles_of_block, group, sharing, splits)
+    order: Tensor = kept("order", block_mask, rest, lambda: _longest_first(lists, *rest[1:]))
+    many_b, many_h = order.shape[0] > 1, order.shape[1] > 1
+    return Order(order, order.stride(0) if many_b else 0, order.stride(1) if many_h else 0)
+
+
+def _longest_first(lists: Lists, tiles: int, tiles_of_block: int, group: int, sharing: int, splits: int) -> Tensor:
+    count: Tensor = lists.partial_count if lists.full_count is None else lists.partial_count + lists.full_count
+    if group > 1 and count.shape[1] > 1:
+        count = count.unflatten(1, (-1, group)).sum(2)
+    if sharing > 1:
+        count = count.sum(0, keepdim=True)
+    work = count.repeat_interleave(tiles_of_block, -1)[..., :tiles]
+    order = torch.argsort(work, dim=-1, descending=True, stable=True).to(torch.int32)
+    return order.repeat_interleave(splits, 0) if order.shape[0] > 1 else order

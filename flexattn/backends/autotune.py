@@ -37,6 +37,7 @@ IN_SHAPE = ("BLOCK_M", "BLOCK_N", "tma", "overlap")  # parts of a configuration 
 SPILLED = 64  # bytes of a thread: one that spills more is not timed
 
 Key = TypeVar("Key")
+Step = Call | Callable[[], object]
 LOG = logging.getLogger("flexattn.autotune")
 _FASTEST: dict[tuple[Any, ...], int] = {}
 
@@ -116,30 +117,35 @@ def distinct(call: Call, target: Target, first: KernelConfig) -> Iterator[Kernel
             yield config
 
 
-def fastest(alternatives: Sequence[Sequence[Call]]) -> int:
-    """Which of several sequences of calls takes the least time, each call with its own tuned configuration.
+def fastest(alternatives: Sequence[Sequence[Step]]) -> int:
+    """Which of several ways to the same results takes the least time: sequences of calls, each with its own tuned
+    configuration, and of functions that do what else a way needs.
 
     0, the default, unless every call asks for tuning; so also where kernels are interpreted, and during the capture of a
     CUDA graph if it is not known yet. An alternative that does not compile or fit is left out. All outputs are
     overwritten: the caller runs the chosen sequence afterwards.
     """
-    calls = [call for sequence in alternatives for call in sequence]
-    if len(alternatives) < 2 or interpreted() or any(call.tuning is None for call in calls):
+    calls = [call for sequence in alternatives for call in calls_of(sequence)]
+    if len(alternatives) < 2 or not calls or interpreted() or any(call.tuning is None for call in calls):
         return 0
-    place = tuple(tuple(place_of(call, None) for call in sequence) for sequence in alternatives)
+    place = tuple(tuple(place_of(call, None) for call in calls_of(sequence)) for sequence in alternatives)
     found = _FASTEST.get(place)
     if found is None:
         if capturing(calls[0].device):
             return 0
         with on_device(calls[0].device):
-            found = _FASTEST[place] = _search_alternatives(alternatives)
+            found = _FASTEST[place] = _search_alternatives(alternatives, calls[0].device)
     return found
 
 
-def _search_alternatives(alternatives: Sequence[Sequence[Call]]) -> int:
-    device = alternatives[0][0].device
+def calls_of(sequence: Sequence[Step]) -> list[Call]:
+    """The kernel calls among the steps."""
+    return [step for step in sequence if isinstance(step, Call)]
+
+
+def _search_alternatives(alternatives: Sequence[Sequence[Step]], device: torch.device) -> int:
     machine = machine_of(device, current())
-    parts = [[call.tuning.facts() for call in sequence if call.tuning is not None] for sequence in alternatives]
+    parts = [[call.tuning.facts() for call in calls_of(way) if call.tuning is not None] for way in alternatives]
     facts = {"alternatives": parts}
     entry = tuning_cache.find(machine, facts)
     number = None if entry is None else entry.choice.get("alternative")
@@ -150,7 +156,7 @@ def _search_alternatives(alternatives: Sequence[Sequence[Call]]) -> int:
     times: dict[int, list[float]] = {}
     for n, sequence in enumerate(alternatives):
         try:
-            steps = [partial(run, call, choose(call, None).config) for call in sequence]
+            steps = [partial(run, s, choose(s, None).config) if isinstance(s, Call) else s for s in sequence]
             one = partial(_each, steps)
             one()
             runs[n], times[n] = one, [timer(one)]
@@ -161,11 +167,13 @@ def _search_alternatives(alternatives: Sequence[Sequence[Call]]) -> int:
     number, medians = _fastest_of(runs, times, timer, SECONDS)
     named = {str(n): found for n, found in medians.items()}
     tuning_cache.store(Entry(machine, facts, {"alternative": number}, named))
-    report(" or ".join("+".join(c.which for c in s) for s in alternatives), f"alternative {number}", named)
+    report(
+        " or ".join("+".join(call.which for call in calls_of(way)) for way in alternatives), f"number {number}", named
+    )
     return number
 
 
-def _each(steps: Sequence[Callable[[], None]]) -> None:
+def _each(steps: Sequence[Callable[[], object]]) -> None:
     for step in steps:
         step()
 

@@ -240,6 +240,22 @@ def test_the_fastest_sequence_is_that_whose_calls_together_are(kernel: Kernel, m
     assert autotune.fastest([[one, two], [other._replace(tuning=None)]]) == 0
 
 
+def test_what_a_sequence_does_besides_its_calls_counts(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (call_of(kernel, number=n) for n in range(2))
+    kernel.milliseconds = lambda config: 1.0
+    for call in (one, other):
+        tuned(call)
+    done: list[int] = []
+
+    def total(run: Callable[[], None]) -> float:
+        before = len(kernel.ran) + len(done)
+        run()
+        return float(len(kernel.ran) + len(done) - before)
+
+    monkeypatch.setattr(autotune, "event_timer", lambda device: total)
+    assert autotune.fastest([[one, lambda: done.append(1)], [other]]) == 1
+
+
 def test_a_sequence_that_fails_is_left_out(kernel: Kernel) -> None:
     works = call_of(kernel, number=1)
     broken = call_of(Kernel(), number=2)

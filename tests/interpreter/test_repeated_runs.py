@@ -49,3 +49,26 @@ def test_a_kernel_that_adds_starts_from_zero_each_time(case: str) -> None:
         found = backward(problem, out, lse, out, None, wanted, {"AUTOTUNE": True, **options}).dcaptured
     assert prepared == [True, False]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_a_backward_that_is_run_twice_gives_the_gradients_of_one(
+    in_one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, captured, ints = trace(None, None)
+    q, k, v = (torch.randn(2, 2, 40, 16) for _ in range(3))
+    problem = Problem(q, k, v, captured, [], ints, (128, 128), variant(program), 0.1)
+    out, lse, _ = forward(problem, {})
+    options = {"ONE_PASS": in_one_pass}
+    expected = backward(problem, out, lse, out, None, [], options)
+    prepared = []
+
+    def twice(call: Call) -> None:
+        prepared.append((call.which, call.prepare is not None))
+        for _ in range(2):
+            launch.launch(call)
+
+    monkeypatch.setattr("flexattn.backends.triton.launch", twice)
+    found = backward(problem, out, lse, out, None, [], options | {"AUTOTUNE": True})
+    assert prepared == ([("one_pass", True)] if in_one_pass else [("dq", True), ("dkdv", False)])
+    torch.testing.assert_close(found[:3], expected[:3])

@@ -2,10 +2,12 @@
 
 A *chain* is a list to be tried in order: the first configuration that fits the device's shared memory and compiles
 without spilled registers is taken. It begins with what the table recommends and goes down to what fits anywhere.
+*Candidates* are a wider list, to be timed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +127,46 @@ def prefers_one_pass(backend: str, arch: int | str, product: Product, head_dim: 
     """Whether a backward in one pass is expected to be faster than one in two."""
     rows = RECOMMENDED.get(("one_pass", family(backend, arch), product), {})
     return any(d >= head_dim for d in rows)
+
+
+# What candidates vary, beside those of the chain: the values of a part of a configuration, in steps of one.
+AXES: dict[str, tuple[Any, ...]] = {
+    "BLOCK_M": (32, 64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3, 4),
+}
+BY_TMA: dict[Pass, dict[str, tuple[Any, ...]]] = {  # where the recommendation loads by TMA
+    "forward": {"tma": (False, True), "overlap": (False, True)},
+    "dq": {"tma": (False, True)},
+    "dkdv": {"tma": (False, True)},
+    "one_pass": {"tma": (False, True)},
+}
+
+
+def candidates(
+    which: Pass, backend: str, arch: int | str, product: Product, head_dim: int, pinned: Pinned = FREE
+) -> tuple[KernelConfig, ...]:
+    """Configurations to time, without regard to what fits: the chain's, and all that `AXES` has.
+
+    They begin with the recommendation and go on in order of their distance from it, counted in steps along the axes; at
+    the same distance the larger tile is first. What is pinned is the same in all of them.
+    """
+    rungs = chain(which, backend, arch, product, head_dim, pinned)
+    fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
+    axes = AXES | (BY_TMA[which] if rungs[0].tma else {})
+    every = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    wider = [rungs[0]._replace(**{**values, **fixed}) for values in every]
+    found = tuple(dict.fromkeys((*rungs, *wider)))
+    steps = {name: sorted({getattr(c, name) for c in found}) for name in KernelConfig._fields}
+
+    def rank(config: KernelConfig) -> tuple[int, int]:
+        places = [
+            (steps[n].index(value), steps[n].index(getattr(rungs[0], n))) for n, value in config._asdict().items()
+        ]
+        return sum(abs(own - first) for own, first in places), -config.BLOCK_M * config.BLOCK_N
+
+    return tuple(sorted(found, key=rank))
 
 
 def least_shared_memory(which: Pass, config: KernelConfig, row_bytes: int) -> int:

@@ -42,6 +42,11 @@ OPTIONS: dict[str, Option] = {
         "gradients of captured tensors that are read at arbitrary indices are the same bits in every run: stored and "
         "sorted, instead of added by atomics; so they are under torch.use_deterministic_algorithms(True)",
     ),
+    "AUTOTUNE": Option(
+        "bool",
+        "configurations are chosen by timing them, at the first call of a kind; the choice is kept on disk. What else is "
+        "pinned stays so",
+    ),
     "USE_TMA": Option(
         "bool",
         "tiles are loaded by the tensor memory accelerator, where strides and alignment permit; on by itself on Hopper "

@@ -144,6 +144,10 @@ class CapturedGradients:
         line = (line if slab is None else slab.view(-1, 1) * n_q + line).expand(heads, rows)
         scatter(total.view(-1, n_kv), line.reshape(-1), by_key.T)
 
+    def totals(self) -> tuple[Tensor, ...]:
+        """What has been added up so far, before `results` puts it together."""
+        return (*self.sums.values(), *(apart for _, apart in self._apart))
+
     def results(self) -> list[Tensor]:
         """The gradients of the wanted tensors, in their dtypes, on their devices."""
         for place, apart in self._apart:

@@ -118,6 +118,16 @@ class Collection:
             yield piece.programs, {"dcaptured": self._flat(buffers), **place}
             self._reduce(buffers, piece, tiling)
 
+    def restart(self) -> None:
+        """Forget what an earlier run of the dQ kernel has added up, which a further run would add to."""
+        for total in self.gradients.totals():
+            total.zero_()
+
+    def of_queries(self) -> tuple[Tensor, ...]:
+        """All that a run of the dQ kernel has left."""
+        diagonals = (d.result(self.problem) for d in self._diagonals)
+        return (*self.rows, *diagonals, *self._stored, *self.gradients.totals())
+
     def results(self) -> list[Tensor]:
         """The gradients, once all kernels have run."""
         put: dict[Method, Callable[[Access, Tensor], None]] = {

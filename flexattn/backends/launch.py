@@ -6,12 +6,13 @@ gives way to the next of its chain. The choice is kept for all later calls of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
@@ -25,6 +26,20 @@ from .target import Target, current, interpreted
 def whole(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """One launch."""
     yield programs, {}
+
+
+class Tuning(NamedTuple):
+    """That a configuration shall be chosen by timing, and what that choice depends on besides a call's key.
+
+    Attributes:
+        place: what the host knows, for choices that are remembered in the process.
+        facts: all of it in words and numbers that JSON has, for choices that are kept on disk. May wait for the device.
+        search: makes the choice for a call on the current device, which is the target.
+    """
+
+    place: tuple[Any, ...]
+    facts: Callable[[], dict[str, Any]]
+    search: Callable[[Call, Target], Chosen]
 
 
 class Call(NamedTuple):
@@ -42,6 +57,9 @@ class Call(NamedTuple):
         device: where the tensors are.
         compiler_options: what the caller tells Triton's compiler for one make of GPU.
         parts: the launches that cover the grid, given what `shaped` gave: the number of programs, and more arguments.
+        prepare: brings the buffers that the kernel adds to into the state it needs. Runs before every run of the call.
+        outputs: the tensors that a run has written.
+        tuning: None where the first configuration that fits is taken.
     """
 
     kernel: Any
@@ -56,6 +74,9 @@ class Call(NamedTuple):
     device: torch.device
     compiler_options: Mapping[str, Any] = MappingProxyType({})
     parts: Callable[[int, dict[str, Any]], Iterator[tuple[int, dict[str, Any]]]] = whole
+    prepare: Callable[[], object] | None = None
+    outputs: Callable[[], Sequence[Tensor]] = tuple
+    tuning: Tuning | None = None
 
 
 class Chosen(NamedTuple):
@@ -73,13 +94,13 @@ _CHOSEN: dict[tuple[Any, ...], Chosen] = {}
 
 def launch(call: Call) -> None:
     """Run a call with the best configuration for the device of its tensors."""
-    with _on(call.device):
+    with on_device(call.device):
         if interpreted():
             return run(call, _interpreted(call.pinned))
         try:
             run(call, choose(call, None).config)
         except OutOfResources:  # chosen for operands whose alignment needs less
-            _CHOSEN.pop(_place(call, None), None)
+            _CHOSEN.pop(place_of(call, None), None)
             run(call, choose(call, None).config)
 
 
@@ -89,8 +110,10 @@ def run(call: Call, config: KernelConfig) -> None:
     programs = shaped.pop("grid")
     if programs == 0:
         return
-    with _on(call.device):
+    with on_device(call.device):
         try:
+            if call.prepare is not None:
+                call.prepare()
             for grid, more in call.parts(programs, shaped):
                 call.kernel[(grid,)](**call.arguments, **shaped, **more, **_options(call, config))
         except (CompilationError, InterpreterError) as error:
@@ -102,20 +125,34 @@ def _options(call: Call, config: KernelConfig) -> dict[str, Any]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, **call.compiler_options}
 
 
-def _place(call: Call, target: Target | None) -> tuple[Any, ...]:
-    return (*call.key, call.pinned, *call.compiler_options.items(), target or call.device)
+def place_of(call: Call, target: Target | None) -> tuple[Any, ...]:
+    """Where the choice of a call is remembered: equal for calls that take the same configuration."""
+    tuned = None if call.tuning is None else call.tuning.place
+    return (*call.key, call.pinned, *call.compiler_options.items(), tuned, target or call.device)
 
 
 def choose(call: Call, target: Target | None) -> Chosen:
     """The configuration of a call for a target, by default the current device: the first of its chain that fits.
 
     If all that fit spill, the one that spills least. Raises `ValueError` if what the caller pinned fits nowhere.
+    A call that asks for tuning gets what its search has found fastest; during a CUDA graph's capture nothing is timed.
     """
-    place = _place(call, target)
+    place = place_of(call, target)
     chosen = _CHOSEN.get(place)
     if chosen is None:
-        chosen = _CHOSEN[place] = _search(call, target or current(), loads=target is None)
+        if call.tuning is None:
+            chosen = _search(call, target or current(), loads=target is None)
+        elif target is not None or capturing(call.device):
+            return choose(call._replace(tuning=None), target)  # not remembered as tuned
+        else:
+            chosen = call.tuning.search(call, current())
+        _CHOSEN[place] = chosen
     return chosen
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device becomes part of a CUDA graph, instead of being run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _search(call: Call, target: Target, loads: bool) -> Chosen:
@@ -131,16 +168,10 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
             break
         tried += 1
         try:
-            kernel = compiled(call, config)
-            if kernel.metadata.shared > target.shared_memory:
-                needed.append(kernel.metadata.shared)
-                continue
-            if loads:
-                kernel._init_handles()
+            found = attempt(call, config, target, loads)
         except (OutOfResources, PTXASError) as error:
             needed.append(getattr(error, "required", 0))
             continue
-        found = Chosen(config, resources(kernel), kernel)
         if best is None or found.resources.spilled < best.resources.spilled:
             best = found
         if best.resources.spilled == 0:
@@ -156,6 +187,16 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
             f"{target.shared_memory}. In kernel_options leave out or lower {lower}"
         )
     return best
+
+
+def attempt(call: Call, config: KernelConfig, target: Target, loads: bool) -> Chosen:
+    """The kernel of a configuration, compiled and if `loads` is set loaded. Raises `OutOfResources` if it does not fit."""
+    kernel = compiled(call, config)
+    if kernel.metadata.shared > target.shared_memory:
+        raise OutOfResources(kernel.metadata.shared, target.shared_memory, "shared memory")
+    if loads:
+        kernel._init_handles()
+    return Chosen(config, resources(kernel), kernel)
 
 
 def compiled(call: Call, config: KernelConfig) -> Any:
@@ -197,7 +238,8 @@ def _interpreted(pinned: Pinned) -> KernelConfig:
     return KernelConfig(32, 32, 4, 1)._replace(**fixed)
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
+    """Inside, the current device is that of a call's tensors."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)

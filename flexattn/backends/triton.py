@@ -20,7 +20,7 @@ from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
 from ..config import BY_KEY, KernelConfig, Pass, Pinned, fitted, pinned
-from ..kernel_options import options_of
+from ..kernel_options import options_of, options_text
 from ..layout import empty_like_strides
 from ..problem import Problem
 from ..templates.arguments import Lists, Matrix, Order, Shape
@@ -28,13 +28,14 @@ from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import kernel_lists, work_order
+from . import autotune, kernel_lists, work_order
 from .collection import Collection, Tiling, is_deterministic
 from .descriptors import LARGEST_BOX, describable, sum_descriptor, tile_descriptor
 from .launch import Call, launch, run
 from .one_pass import ALONE, Backward, Sums, one_pass
 from .products import padded, precision_of, product_of
 from .target import interpreted
+from .tuning import tuning
 
 tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
@@ -97,7 +98,8 @@ def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) 
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "out": result.out}
     arguments = {"lse": result.lse, "max_scores": result.max_scores}
     arguments |= {"score_mod": made.score_mod, "mask_mod": made.mask_mod}
-    return _call(attention_forward, "forward", problem, matrices, arguments, made, options)
+    call = _call(attention_forward, "forward", problem, matrices, arguments, made, options)
+    return call._replace(outputs=lambda: result)
 
 
 def delta_call(
@@ -139,7 +141,8 @@ def dq_call(
         blocks = columns if lists is None else lists.partial_columns + lists.full_columns
         return collection.parts(Tiling(**sizes, tiles=shaped["tiles"], blocks=blocks), programs)
 
-    return call._replace(parts=parts)
+    call = call._replace(parts=parts, outputs=lambda: (result.dq, *collection.of_queries()))
+    return call if call.tuning is None else call._replace(prepare=collection.restart)
 
 
 def dkdv_call(
@@ -156,7 +159,10 @@ def dkdv_call(
     arguments |= {name: f for name, f in made._asdict().items() if name not in ("row_grads", "tile_grads")}
     arguments["sharing"] = problem.query.shape[0] // problem.key.shape[0]
     which: Pass = "dkdv" if sums.dq is None else "one_pass"
-    return _call(attention_backward_dkdv, which, problem, matrices, arguments, made, options)
+    call = _call(attention_backward_dkdv, which, problem, matrices, arguments, made, options)
+    written = (matrices["dk"], matrices["dv"], *collection.columns, *(() if sums.dq is None else (sums.dq,)))
+    call = call._replace(outputs=lambda: written)
+    return call if sums.dq is None or call.tuning is None else call._replace(prepare=sums.dq.zero_)
 
 
 def _call(
@@ -243,6 +249,16 @@ def _call(
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
     widths = (padded(D), padded(DV))
+    compiler_options = _amd_options(options) if torch.version.hip else {}
+    facts = {
+        "pass": which,
+        "precision": precision,
+        "contiguous": constants["CONTIGUOUS"],
+        "tma": by_tma,
+        "splits": splits,
+    }
+    facts["compiler"] = options_text(compiler_options)
+    fixed = pinned(which, options)
     return Call(
         kernel=kernel,
         which=which,
@@ -250,11 +266,12 @@ def _call(
         product=product_of(query, precision),
         head_dim=max(widths),
         row_bytes=sum(widths) * query.element_size(),
-        pinned=pinned(which, options),
+        pinned=fixed,
         arguments=arguments,
         shaped=shaped,
         device=query.device,
-        compiler_options=_amd_options(options) if torch.version.hip else {},
+        compiler_options=compiler_options,
+        tuning=tuning(problem, made, fixed, facts, autotune.search) if options.get("AUTOTUNE") else None,
     )
 
 

@@ -47,6 +47,12 @@ int cuDeviceGet(int *device, int ordinal) {
   *device = 0;
   return 0;
 }
+int cuCtxGetDevice(int *device) { return cuDeviceGet(device, 0); }
+int cuModuleUnload(void *module) { return 0; }
+int cuStreamIsCapturing(void *stream, int *status) {
+  *status = 0;
+  return 0;
+}
 int cuDriverGetVersion(int *version) {
   *version = 13000;
   return 0;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from flexattn.config import (
     RECOMMENDED,
     KernelConfig,
     Pinned,
+    candidates,
     chain,
     family,
     fitted,
@@ -49,6 +52,26 @@ def test_what_is_pinned_is_the_same_in_the_whole_chain() -> None:
     configs = chain("dq", "cuda", 90, "half", 64, Pinned(BLOCK_N=16, num_warps=2))
     assert {(c.BLOCK_N, c.num_warps) for c in configs} == {(16, 2)}
     assert len({c.BLOCK_M for c in configs}) > 1
+
+
+@pytest.mark.parametrize("which", ["forward", "dq", "dkdv", "one_pass"])
+def test_candidates_begin_with_the_recommendation_and_go_away_from_it(which: Any) -> None:
+    rungs, found = chain(which, "cuda", 90, "half", 64), candidates(which, "cuda", 90, "half", 64)
+    assert found[0] == rungs[0]
+    assert set(rungs) <= set(found) and len(set(found)) == len(found)
+    changed = [sum(a != b for a, b in zip(config, found[0], strict=True)) for config in found]
+    assert changed[:6] == [0, 1, 1, 1, 1, 1]
+    assert {c.tma for c in found} == {False, True}
+    assert {c.overlap for c in found} == ({False, True} if which == "forward" else {False})
+    assert not any(c.tma for c in candidates(which, "cuda", 80, "half", 64))
+
+
+def test_candidates_keep_what_is_pinned() -> None:
+    found = candidates("forward", "cuda", 90, "half", 64, Pinned(BLOCK_N=16, num_warps=2, tma=False))
+    assert {(c.BLOCK_N, c.num_warps, c.tma) for c in found} == {(16, 2, False)}
+    assert {c.BLOCK_M for c in found} >= {32, 64, 128} and {c.num_stages for c in found} >= {1, 2, 3, 4}
+    full = Pinned(64, 32, 4, 1, False, False)
+    assert candidates("dq", "cuda", 90, "half", 64, full) == (KernelConfig(*full),)  # type: ignore[arg-type]
 
 
 def test_the_larger_side_of_a_tile_is_the_one_that_a_program_owns() -> None:

@@ -56,25 +56,35 @@ _C = KernelConfig
 # By (pass, family, kind of product), then by the padded head dimension up to which a row serves.
 # Starting points: the heuristics of PyTorch's flex_attention for the same GPUs, corrected by what compiles without spills.
 RECOMMENDED: dict[tuple[Pass, str, Product], dict[int, KernelConfig]] = {
-    ("forward", "hopper", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 32, 8, 2)},
+    ("forward", "hopper", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(128, 64, 8, 2)},
     ("forward", "datacenter", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 64, 8, 3), 256: _C(64, 64, 4, 2)},
     ("forward", "consumer", "half"): {64: _C(128, 64, 4, 3), 128: _C(128, 32, 4, 3), 256: _C(64, 32, 4, 2)},
     ("forward", "amd", "half"): {64: _C(128, 64, 4, 1), 128: _C(128, 64, 4, 1), 256: _C(64, 32, 4, 1)},
-    ("dq", "hopper", "half"): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 2), 256: _C(64, 32, 8, 2)},
+    ("dq", "hopper", "half"): {64: _C(128, 64, 8, 3), 128: _C(128, 64, 8, 3), 256: _C(64, 64, 8, 2)},
     ("dq", "datacenter", "half"): {64: _C(128, 64, 8, 3), 128: _C(64, 64, 4, 2), 256: _C(64, 32, 4, 1)},
     ("dq", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(64, 32, 4, 2), 256: _C(32, 32, 4, 1)},
     ("dq", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(64, 32, 4, 1), 256: _C(32, 32, 4, 1)},
-    ("dkdv", "hopper", "half"): {64: _C(32, 128, 8, 2), 128: _C(32, 128, 8, 2), 256: _C(16, 64, 8, 2)},
+    ("dkdv", "hopper", "half"): {64: _C(64, 128, 8, 2), 128: _C(32, 128, 8, 2), 256: _C(16, 64, 8, 2)},
     ("dkdv", "datacenter", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
     ("dkdv", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},
-    ("one_pass", "hopper", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 128, 8, 2)},
+    ("one_pass", "hopper", "half"): {64: _C(64, 128, 8, 2)},  # at 128 every tile of this size spills
     ("forward", "any", "tf32"): {64: _C(64, 64, 8, 2), 128: _C(32, 64, 4, 2), 256: _C(32, 32, 4, 2)},
     ("dq", "any", "tf32"): {64: _C(64, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "any", "tf32"): {64: _C(32, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 16, 4, 1)},
     ("forward", "any", "ieee"): {64: _C(64, 32, 8, 2), 128: _C(32, 32, 8, 1), 256: _C(32, 32, 8, 2)},
     ("dq", "any", "ieee"): {64: _C(64, 32, 8, 2), 128: _C(32, 32, 8, 1), 256: _C(16, 32, 8, 1)},
     ("dkdv", "any", "ieee"): {64: _C(32, 64, 8, 2), 128: _C(32, 32, 8, 2), 256: _C(16, 32, 8, 1)},
+}
+
+# What is tried before the recommendation, where registers allow it: larger tiles, products that a softmax overlaps.
+AHEAD: dict[tuple[Pass, str, Product], dict[int, tuple[KernelConfig, ...]]] = {
+    ("forward", "hopper", "half"): {
+        64: (_C(128, 128, 8, 2, overlap=True),),
+        128: (_C(128, 128, 8, 2, overlap=True), _C(128, 64, 8, 3, overlap=True)),
+        256: (_C(128, 64, 8, 2, overlap=True),),
+    },
+    ("dkdv", "hopper", "half"): {128: (_C(128, 64, 8, 2, upright=True),)},
 }
 
 # What is tried after the recommendation, largest first.
@@ -112,12 +122,14 @@ def chain(
     """
     place = which, family(backend, arch) if product == "half" else "any", product
     rows = RECOMMENDED.get(place) or RECOMMENDED["dkdv", place[1], product]
-    first = rows[min((d for d in rows if d >= head_dim), default=max(rows))]
+    row = min((d for d in rows if d >= head_dim), default=max(rows))
+    first = rows[row]
     stages = 1 if backend == "hip" else 2
     smaller = [c for c in LADDER if c.BLOCK_M * c.BLOCK_N <= first.BLOCK_M * first.BLOCK_N]
     candidates = [first, first._replace(num_stages=min(first.num_stages, stages)), *smaller]
     if which in BY_KEY:  # the program's own side is the keys'
         candidates[2:] = [c._replace(BLOCK_M=c.BLOCK_N, BLOCK_N=c.BLOCK_M) for c in smaller]
+    candidates[:0] = AHEAD.get(place, {}).get(row, ())
     by_tma = family(backend, arch) == "hopper" and product == "half"
     fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
     return tuple(dict.fromkeys(c._replace(**{"tma": by_tma, **fixed}) for c in candidates))
@@ -139,8 +151,8 @@ AXES: dict[str, tuple[Any, ...]] = {
 BY_TMA: dict[Pass, dict[str, tuple[Any, ...]]] = {  # where the recommendation loads by TMA
     "forward": {"tma": (False, True), "overlap": (False, True)},
     "dq": {"tma": (False, True)},
-    "dkdv": {"tma": (False, True)},
-    "one_pass": {"tma": (False, True)},
+    "dkdv": {"tma": (False, True), "upright": (False, True)},
+    "one_pass": {"tma": (False, True), "upright": (False, True)},
 }
 
 

@@ -55,7 +55,10 @@ OPTIONS: dict[str, Option] = {
     "OVERLAP": Option(
         "bool", "the forward adds values one tile late, so that a softmax overlaps a product; only where TMA is used"
     ),
-    "UPRIGHT": Option("bool", "tiles of the dK/dV pass have queries as rows, which need fewer registers and more shared memory"),
+    "UPRIGHT": Option(
+        "bool",
+        "tiles of the dK/dV pass have queries as rows: fewer registers, more shared memory; never changes a result",
+    ),
     "ONE_PASS": Option(
         "bool",
         "the backward computes dQ with dK and dV in one kernel, added by atomics: faster, and not the same bits in every run",

@@ -84,7 +84,7 @@ def attention_forward(q, k, v, out, q_tma, k_tma, v_tma, lse, max_scores, lists,
             acc, m_i, l_i, p, before, q_tile, k, v, keys, values, start_n, stop_n, is_full, offs_m, b, h, scale, factor,
             captured, shape, score_mod, mask_mod, True, True,
         )  # fmt: skip
-        first_masked, first_plain = 1, (masked_tiles == 0).to(tl.int32)
+        first_masked, first_plain = 1, tl.where(masked_tiles == 0, 1, 0)
     for i in tl.range(first_masked, masked_tiles):
         start_n, stop_n, is_full = masked_tile(
             partial, full, i, partial_tiles, plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED

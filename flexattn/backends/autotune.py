@@ -33,8 +33,9 @@ SECONDS = 2.0  # after which no more candidates are timed; compiling does not co
 ROUNDS = 10  # in which every contender is run once
 HOPELESS = 1.5  # times the fastest, in the first round: not run again
 GAIN = 0.02  # by which another must be faster than the table's
-IN_SHAPE = ("BLOCK_M", "BLOCK_N", "tma", "overlap")  # parts of a configuration that reach the kernel as operands only
-SPILLED = 64  # bytes of a thread: one that spills more is not timed
+# Parts of a configuration that reach the kernel as operands only.
+IN_SHAPE = ("BLOCK_M", "BLOCK_N", "tma", "overlap", "upright")
+SPILLED = 512  # bytes of a thread: one that spills more is not timed
 
 Key = TypeVar("Key")
 Step = Call | Callable[[], object]

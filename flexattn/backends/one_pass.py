@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..codegen.access import Methods
 from ..config import prefers_one_pass
 from ..problem import Problem
 from . import work_order
-from .collection import Collection, is_deterministic
+from .collection import is_deterministic
 from .products import padded, precision_of, product_of
-from .target import current, interpreted
+from .target import Target, current, interpreted
 
 ROWS = 128  # of dQ's buffer are a multiple of this, and so of every tile
 
@@ -69,27 +70,43 @@ class Sums(NamedTuple):
 ALONE = Sums(None, None, None, 1)  # two passes, and one program for all that share keys
 
 
-def one_pass(problem: Problem, collection: Collection, options: Mapping[str, Any]) -> bool:
-    """Whether dQ is computed with dK and dV: if that is faster, and nothing needs the queries' own pass."""
+def in_one_pass_or_two(problem: Problem, methods: Methods, options: Mapping[str, Any]) -> list[bool]:
+    """Whether dQ is computed with dK and dV, given how gradients of captured tensors are collected: what is expected to be
+    faster, and then the other, if it is to be found out by timing both.
+
+    Raises `ValueError` where the caller insists on what cannot be.
+    """
     wanted = options.get("ONE_PASS")
-    able = set(collection.methods) <= {None, "column"} and (not problem.block_mask or problem.block_size[0] % 16 == 0)
-    if is_deterministic(options) or not able:
-        if wanted and not able:
-            raise ValueError(
-                "kernel option ONE_PASS=True: the gradients of captured tensors that this score_mod reads by head, row or "
-                "element, and blocks of queries that are no multiple of 16, need the two passes; leave the option out"
-            )
-        return False
-    if wanted is None:
-        return one_pass_is_faster(problem)
-    return bool(wanted)
+    able = set(methods) <= {None, "column"} and (not problem.block_mask or problem.block_size[0] % 16 == 0)
+    if wanted and not able:
+        raise ValueError(
+            "kernel option ONE_PASS=True: blocks of queries that are no multiple of 16, and gradients of captured tensors "
+            "that are read by head, row or element, need two passes; leave the option out"
+        )
+    if wanted and is_deterministic(options):
+        raise ValueError(
+            "kernel option ONE_PASS=True adds gradients by atomics, in an order that differs from run to run; leave it out "
+            "with DETERMINISTIC=True or torch.use_deterministic_algorithms(True)"
+        )
+    if not able or is_deterministic(options):
+        return [False]
+    if wanted is not None:
+        return [bool(wanted)]
+    preferred = one_pass_is_faster(problem)
+    return [preferred, not preferred] if options.get("AUTOTUNE") else [preferred]
 
 
 def one_pass_is_faster(problem: Problem) -> bool:
     """What the table of configurations says for the current device."""
     if interpreted() or problem.query.device.type != "cuda":
         return False
-    target = current()
+    target = _target(problem.query.device)
     query, precision = problem.query, precision_of(problem.query)
     width = max(padded(query.shape[-1]), padded(problem.value.shape[-1]))
     return prefers_one_pass(target.backend, target.arch, product_of(query, precision), width)
+
+
+@lru_cache
+def _target(device: torch.device) -> Target:
+    with torch.cuda.device(device):
+        return current()

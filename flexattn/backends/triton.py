@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from . import autotune, kernel_lists, work_order
 from .collection import Collection, Tiling, is_deterministic
 from .descriptors import LARGEST_BOX, describable, sum_descriptor, tile_descriptor
 from .launch import Call, launch, run
-from .one_pass import ALONE, Backward, Sums, one_pass
+from .one_pass import ALONE, Backward, Sums, in_one_pass_or_two
 from .products import padded, precision_of, product_of
 from .target import interpreted
 from .tuning import tuning
@@ -83,12 +83,18 @@ def backward(
         return result._replace(dcaptured=collection.results())
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    sums = Sums.of(problem, one_pass(problem, collection, said), said)
-    run(delta_call(problem, out, dout, dlse, delta, sums.dq), DELTA)
-    if sums.dq is None:
-        launch(dq_call(problem, dout, lse, delta, result, collection, options))
-    launch(dkdv_call(problem, dout, lse, delta, result, collection, options, sums))
-    sums.finish(result, problem.scale)
+
+    def way(in_one_pass: bool) -> list[autotune.Step]:
+        sums = Sums.of(problem, in_one_pass, said)
+        steps: list[autotune.Step] = [partial(run, delta_call(problem, out, dout, dlse, delta, sums.dq), DELTA)]
+        if not in_one_pass:
+            steps.append(dq_call(problem, dout, lse, delta, result, collection, options))
+        steps.append(dkdv_call(problem, dout, lse, delta, result, collection, options, sums))
+        return [*steps, partial(sums.finish, result, problem.scale)]
+
+    ways = [way(in_one_pass) for in_one_pass in in_one_pass_or_two(problem, collection.methods, said)]
+    for step in ways[autotune.fastest(ways)]:
+        launch(step) if isinstance(step, Call) else step()
     return result._replace(dcaptured=collection.results())
 
 
@@ -248,6 +254,7 @@ def _call(
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
+    key_of_choice += (by_tma, splits > 1)
     widths = (padded(D), padded(DV))
     compiler_options = _amd_options(options) if torch.version.hip else {}
     facts = {

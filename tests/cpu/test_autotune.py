@@ -139,7 +139,7 @@ def test_a_candidate_that_fails_or_spills_is_dropped_quietly(kernel: Kernel) -> 
 
     kernel.refuses, kernel.error = lambda config: False, fails
     assert tuned(call_of(kernel, number=1)) == slow
-    kernel.error, kernel.spills = lambda config: 0.0, lambda config: 100 * (config == FAST)
+    kernel.error, kernel.spills = lambda config: 0.0, lambda config: (autotune.SPILLED + 1) * (config == FAST)
     assert tuned(call_of(kernel, number=2)) == slow
     assert FAST not in kernel.ran[-1:]
 

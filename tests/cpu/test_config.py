@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flexattn.config import (
+    AHEAD,
     LADDER,
     RECOMMENDED,
     KernelConfig,
@@ -18,6 +19,7 @@ from flexattn.config import (
     fitted,
     least_shared_memory,
     pinned,
+    prefers_one_pass,
 )
 from flexattn.kernel_options import check_kernel_options, options_of, options_text, parsed_options
 
@@ -33,7 +35,7 @@ def test_every_target_has_a_chain_that_ends_with_what_fits_anywhere(
     for which in ("forward", "dq", "dkdv"):
         configs = chain(which, backend, arch, product, head_dim)  # type: ignore[arg-type]
         assert len(set(configs)) == len(configs)
-        assert LADDER[-1] in configs and LADDER[-1].num_stages == 1
+        assert configs[-1]._replace(tma=False) == LADDER[-1] and LADDER[-1].num_stages == 1
         for config in configs:
             for size in (config.BLOCK_M, config.BLOCK_N):
                 assert size >= 16 and size & (size - 1) == 0
@@ -42,10 +44,24 @@ def test_every_target_has_a_chain_that_ends_with_what_fits_anywhere(
 
 
 def test_the_first_of_a_chain_is_the_recommendation_for_the_next_larger_head_dimension() -> None:
-    rows = RECOMMENDED["forward", "hopper", "half"]
-    assert chain("forward", "cuda", 90, "half", 16)[0] == rows[64]
-    assert chain("forward", "cuda", 90, "half", 128)[0] == rows[128]
-    assert chain("forward", "cuda", 90, "half", 256)[0] == rows[256]
+    rows = RECOMMENDED["forward", "consumer", "half"]
+    assert chain("forward", "cuda", 89, "half", 16)[0] == rows[64]
+    assert chain("forward", "cuda", 89, "half", 128)[0] == rows[128]
+    assert chain("forward", "cuda", 89, "half", 256)[0] == rows[256]
+
+
+def test_what_registers_may_not_allow_is_tried_before_the_recommendation() -> None:
+    for head_dim, ahead in AHEAD["forward", "hopper", "half"].items():
+        configs = chain("forward", "cuda", 90, "half", head_dim)
+        assert configs[: len(ahead)] == tuple(c._replace(tma=True) for c in ahead)
+        assert configs[len(ahead)] == RECOMMENDED["forward", "hopper", "half"][head_dim]._replace(tma=True)
+        assert all(c.overlap for c in ahead) and not any(c.overlap for c in configs[len(ahead) :])
+
+
+def test_one_pass_is_preferred_only_where_the_table_has_it() -> None:
+    assert prefers_one_pass("cuda", 90, "half", 64) and prefers_one_pass("cuda", 90, "half", 16)
+    assert not prefers_one_pass("cuda", 90, "half", 128) and not prefers_one_pass("cuda", 90, "tf32", 64)
+    assert not prefers_one_pass("cuda", 80, "half", 64) and not prefers_one_pass("hip", "gfx942", "half", 64)
 
 
 def test_what_is_pinned_is_the_same_in_the_whole_chain() -> None:
@@ -70,7 +86,7 @@ def test_candidates_keep_what_is_pinned() -> None:
     found = candidates("forward", "cuda", 90, "half", 64, Pinned(BLOCK_N=16, num_warps=2, tma=False))
     assert {(c.BLOCK_N, c.num_warps, c.tma) for c in found} == {(16, 2, False)}
     assert {c.BLOCK_M for c in found} >= {32, 64, 128} and {c.num_stages for c in found} >= {1, 2, 3, 4}
-    full = Pinned(64, 32, 4, 1, False, False)
+    full = Pinned(64, 32, 4, 1, False, False, False)
     assert candidates("dq", "cuda", 90, "half", 64, full) == (KernelConfig(*full),)  # type: ignore[arg-type]
 
 

@@ -21,11 +21,19 @@ SLOPES = "score + slopes[h] * (kv_idx - q_idx)"
 CAUSAL = Mod("b, h, q_idx, kv_idx", "(q_idx >= kv_idx)")
 
 
-def options(BLOCK_M: int = 32, BLOCK_N: int = 32, BLOCK_M1: int = 32, BLOCK_N1: int = 32) -> str:
-    return f"BLOCK_M={BLOCK_M},BLOCK_M1={BLOCK_M1},BLOCK_M2={BLOCK_M},BLOCK_N={BLOCK_N},BLOCK_N1={BLOCK_N1},BLOCK_N2={BLOCK_N}"
+# Ways to the same results: by descriptors, values a tile late, queries as rows in the dK/dV pass, dQ in the same pass.
+WAYS = [
+    "", "USE_TMA=True", "OVERLAP=True,USE_TMA=True", "UPRIGHT=True", "ONE_PASS=True",
+    "ONE_PASS=True,OVERLAP=True,UPRIGHT=True,USE_TMA=True",
+]  # fmt: skip
 
 
-tiles = st.builds(options, *[st.sampled_from([16, 32, 64])] * 4)
+def options(BLOCK_M: int = 32, BLOCK_N: int = 32, BLOCK_M1: int = 32, BLOCK_N1: int = 32, way: str = "") -> str:
+    sizes = f"BLOCK_M={BLOCK_M},BLOCK_M1={BLOCK_M1},BLOCK_M2={BLOCK_M},BLOCK_N={BLOCK_N},BLOCK_N1={BLOCK_N1},BLOCK_N2={BLOCK_N}"
+    return f"{sizes},{way}"
+
+
+tiles = st.builds(options, *[st.sampled_from([16, 32, 64])] * 4, st.sampled_from(WAYS))
 
 
 @settings(max_examples=40)
@@ -69,20 +77,21 @@ def test_head_dimensions_groups_and_tails(
     assert_backend_equals_reference("triton", mod, mask, shape, dtype, 3, tiles)
 
 
-@pytest.mark.parametrize("E", HEAD_DIMS)
-def test_every_head_dimension(E: int) -> None:
+@pytest.mark.parametrize(("E", "way"), [*((E, "") for E in HEAD_DIMS), *((E, way) for E in (24, 192) for way in WAYS[1:])])
+def test_every_head_dimension(E: int, way: str) -> None:
     shape = Shape(1, 1, 2, 33, 47, E, HEAD_DIMS[-1 - HEAD_DIMS.index(E)], (32, 32), False)
-    assert_backend_equals_reference("triton", None, CAUSAL, shape, torch.float32, E)
+    assert_backend_equals_reference("triton", None, CAUSAL, shape, torch.float32, E, way)
 
 
+@pytest.mark.parametrize("way", ["", "OVERLAP=True,UPRIGHT=True,USE_TMA=True"])
 @pytest.mark.parametrize("size", [(6, 6), (20, 16), (16, 100), (100, 24), (1, 1), (7, 128), (1 << 20, 1 << 20)])
-def test_blocks_of_any_size(size: tuple[int, int]) -> None:
+def test_blocks_of_any_size(size: tuple[int, int], way: str) -> None:
     """Blocks that no tile divides, blocks smaller than a tile, a block larger than the sequence."""
     L, S = (45, 61) if max(size) > 1 else (9, 11)
     shape = Shape(1, 2, 1, L, S, 8, 8, size, False)
     window = Mod("b, h, q_idx, kv_idx", "((q_idx - kv_idx < 20) & (kv_idx - q_idx < 9))")
     assert_backend_equals_reference(
-        "triton", Mod("score, b, h, q_idx, kv_idx", SLOPES), window, shape, torch.float32, 1
+        "triton", Mod("score, b, h, q_idx, kv_idx", SLOPES), window, shape, torch.float32, 1, way
     )
 
 
@@ -94,10 +103,11 @@ def test_any_scale(scale: float) -> None:
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_batch_entries_and_heads_share() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_that_batch_entries_and_heads_share(way: str) -> None:
     per_batch = Mod("b, h, q_idx, kv_idx", "(kv_idx < 20 + 9 * b)")
     assert_backend_equals_reference(
-        "triton", None, per_batch, Shape(2, 2, 2, 40, 50, 16, 16, (16, 16), True), torch.float32, 5
+        "triton", None, per_batch, Shape(2, 2, 2, 40, 50, 16, 16, (16, 16), True), torch.float32, 5, way
     )
 
 

@@ -59,6 +59,11 @@ OPTIONS: dict[str, Option] = {
         "bool",
         "tiles of the dK/dV pass have queries as rows: fewer registers, more shared memory; never changes a result",
     ),
+    "PIECES": Option(
+        "bool",
+        "head dimensions such as 80, 96 and 192 are computed as 64 + 16, 64 + 32 and 128 + 64 columns instead of being padded "
+        "to a power of two; on by itself",
+    ),
     "ONE_PASS": Option(
         "bool",
         "the backward computes dQ with dK and dV in one kernel, added by atomics: faster, and not the same bits in every run",

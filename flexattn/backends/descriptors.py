@@ -34,7 +34,7 @@ def tile_descriptor(t: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(t, shape, [*strides, 1], [1, 1, rows, columns])
 
 
-def sum_descriptor(t: Tensor, rows: int) -> Any:
-    """The descriptor of a contiguous buffer [..., columns] to whose rows tiles of `rows` are added."""
+def sum_descriptor(t: Tensor, rows: int, columns: int) -> Any:
+    """The descriptor of a contiguous buffer [..., any columns] to which tiles [rows, columns] are added."""
     flat = t.view(-1, t.shape[-1])
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, flat.shape[1]])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])

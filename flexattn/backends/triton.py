@@ -33,7 +33,7 @@ from .collection import Collection, Tiling, is_deterministic
 from .descriptors import LARGEST_BOX, describable, sum_descriptor, tile_descriptor
 from .launch import Call, launch, run
 from .one_pass import ALONE, Backward, Sums, in_one_pass_or_two
-from .products import padded, precision_of, product_of
+from .products import padded, pieces, precision_of, product_of
 from .target import interpreted
 from .tuning import tuning
 
@@ -41,7 +41,8 @@ tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
 DELTA = KernelConfig(128, 16, 4, 1)  # of the delta kernel: it has nothing to tune
 MARGIN = 512  # no tile has more rows or columns
-TMA = {"q": "q_tma", "k": "k_tma", "v": "v_tma", "dout": "do_tma"}  # the descriptor of each matrix that is read
+# The descriptors of each matrix that is read: of the first piece of columns, and of the second.
+TMA = {name: (f"{short}_tma", f"{short}_rest") for name, short in (("q", "q"), ("k", "k"), ("v", "v"), ("dout", "do"))}
 
 
 class Forward(NamedTuple):
@@ -115,11 +116,11 @@ def delta_call(
     B, H, L, DV = out.shape
     width = padded(DV)
     rows = max(16, min(128, 8192 // width))
-    covered = L if dq_sum is None else dq_sum.shape[2]
+    covered, columns = (L, 1) if dq_sum is None else dq_sum.shape[2:]
     tiles = -(-covered // rows)
     arguments = {
         "out": _matrix(out), "dout": _matrix(dout), "delta": delta, "L": L, "heads": H, "tiles": tiles,
-        "dq_sum": dq_sum, "rows": covered, "BLOCK_D": 0 if dq_sum is None else dq_sum.shape[3],
+        "dq_sum": dq_sum, "rows": covered, "D": columns, "BLOCK_D": padded(columns),
         "dlse": None if dlse is None else dlse.to(torch.float32).contiguous(), "HAS_DLSE": dlse is not None,
         "DV": DV, "BLOCK_DV": width, "BLOCK_M": rows, "OFFSET": _offset_type(out, dout),
     }  # fmt: skip
@@ -196,7 +197,8 @@ def _call(
     arguments |= {"L": L, "S": S, "heads": H, "group_size": group, "scale": problem.scale}
     read = [n for n in ("q", "k", "v", "dout") if n in matrices]
     by_tma = all(describable(matrices[n]) for n in read)
-    row_bytes = (padded(D) + padded(DV)) * query.element_size()
+    widths = {n: pieces(n, options.get("PIECES", True)) for n in (D, DV)}
+    row_bytes = (widths[D].columns + widths[DV].columns) * query.element_size()
     if by_key:
         batches, outer = key.shape[0] * splits, key.shape[0] * splits * key.shape[1]
         at_once = work_order.together(1, L * row_bytes * -(-group * sharing // splits), outer, query.device)
@@ -207,8 +209,10 @@ def _call(
     constants: dict[str, Any] = {
         "D": D,
         "DV": DV,
-        "BLOCK_D": padded(D),
-        "BLOCK_DV": padded(DV),
+        "BLOCK_D": widths[D].width,
+        "BLOCK_DV": widths[DV].width,
+        "REST_D": widths[D].rest,
+        "REST_DV": widths[DV].rest,
         "LISTED": listed,
         "CONTIGUOUS": _is_contiguous(problem, by_key, options),
         "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0,
@@ -243,19 +247,20 @@ def _call(
         shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma, UPRIGHT=upright)
         found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
         for name in read:
-            rows, columns = (BLOCK_N if name in "kv" else BLOCK_M), padded(matrices[name].shape[-1])
-            fitting = tma and rows <= LARGEST_BOX and columns <= LARGEST_BOX
-            found[TMA[name]] = tile_descriptor(arguments[name].ptr, rows, columns) if fitting else None
+            rows, columns = (BLOCK_N if name in "kv" else BLOCK_M), widths[matrices[name].shape[-1]]
+            fitting = tma and rows <= LARGEST_BOX and columns.width <= LARGEST_BOX
+            for place, width in zip(TMA[name], columns, strict=True):
+                found[place] = tile_descriptor(arguments[name].ptr, rows, width) if fitting and width else None
         if by_key:
             dq_sum = arguments["dq_sum"]
             by_descriptor = tma and dq_sum is not None and not interpreted()  # where it cannot add
-            found["dq_tma"] = sum_descriptor(dq_sum, BLOCK_M) if by_descriptor else None
+            for place, width in zip(("dq_tma", "dq_rest"), widths[D], strict=True):
+                found[place] = sum_descriptor(dq_sum, BLOCK_M, width) if by_descriptor and width else None
         return found
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
     key_of_choice += (by_tma, splits > 1)
-    widths = (padded(D), padded(DV))
     compiler_options = _amd_options(options) if torch.version.hip else {}
     facts = {
         "pass": which,
@@ -271,8 +276,8 @@ def _call(
         which=which,
         key=key_of_choice,
         product=product_of(query, precision),
-        head_dim=max(widths),
-        row_bytes=sum(widths) * query.element_size(),
+        head_dim=max(w.columns for w in widths.values()),
+        row_bytes=row_bytes,
         pinned=fixed,
         arguments=arguments,
         shaped=shaped,

@@ -42,6 +42,11 @@ OPTIONS: dict[str, Option] = {
         "gradients of captured tensors that are read at arbitrary indices are the same bits in every run: stored and "
         "sorted, instead of added by atomics; so they are under torch.use_deterministic_algorithms(True)",
     ),
+    "WARP_SPECIALIZED": Option(
+        "bool",
+        "the forward runs the warp-specialised kernel for GPUs of compute capability 9.0, an error where it cannot; off by "
+        "default, since it has not been measured on a GPU",
+    ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
     "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),
@@ -81,6 +86,10 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"kernel option {name!r} has no meaning: it is the backward that may differ from run to run; write "
                 "'DETERMINISTIC' or 'bwd_DETERMINISTIC'"
+            )
+        if name == "bwd_WARP_SPECIALIZED":
+            raise ValueError(
+                f"kernel option {name!r} has no meaning: only the forward has such a kernel; write 'WARP_SPECIALIZED'"
             )
         kind = OPTIONS[bare].kind
         if not _fits(kind, value):

@@ -27,6 +27,8 @@ from .names import kernel_name
 from .online_softmax import row_statistics, softmax_step
 from .scores import attended, log2_factor, modified_scores
 
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name before Triton 3.9
+
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # query rows of a consumer: those of one warpgroup instruction
 CONSUMER_WARPS = gl.constexpr(4)
@@ -102,7 +104,7 @@ def _copy(matrix, ring, j, b, h, start, STAGES: gl.constexpr):
     mbarrier.wait(ring.free.index(stage), (j // STAGES + 1) % 2)  # passes for a stage that was never used
     ready = ring.ready.index(stage)
     mbarrier.expect(ready, matrix.block_type.nbytes)
-    tma.async_copy_global_to_shared(matrix, [b, h, start, 0], ready, ring.tiles.index(stage))
+    async_load(matrix, [b, h, start, 0], ready, ring.tiles.index(stage))
 
 
 @gluon.jit
@@ -111,7 +113,7 @@ def _produce(q, k, v, q_tiles, q_ready, k_ring, v_ring, walk, b, h, kv_b, kv_h, 
     """Copy the queries, then keys and values in the order in which consumers read them: K_0, K_1, V_0, K_2, V_1, ..."""
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(q_ready.index(c), q.block_type.nbytes)
-        tma.async_copy_global_to_shared(q, [b, h, start_m + c * ROWS, 0], q_ready.index(c), q_tiles.index(c))
+        async_load(q, [b, h, start_m + c * ROWS, 0], q_ready.index(c), q_tiles.index(c))
     previous = start_m * 0
     for j in range(0, walk.masked_tiles):
         start_n, stop_n, is_full = _masked(walk, j, S, shape)

@@ -28,7 +28,7 @@ from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import kernel_lists
+from . import hopper, kernel_lists
 from .collection import Collection, Tiling, is_deterministic
 from .launch import Call, launch, run
 from .target import interpreted
@@ -63,7 +63,7 @@ def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     result = Forward(out, lse, torch.empty_like(lse))
     if query.numel():
-        launch(forward_call(problem, result, options))
+        launch(hopper.chosen(forward_call(problem, result, options), problem, options))
     return result
 
 

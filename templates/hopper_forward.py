@@ -148,11 +148,15 @@ def _operand_layout(columns):
 
 
 @gluon.jit
+def _await(ring, j, STAGES: gl.constexpr):
+    """Wait until tile j has arrived."""
+    mbarrier.wait(ring.ready.index(j % STAGES), j // STAGES % 2)
+
+
+@gluon.jit
 def _tile_of(ring, j, STAGES: gl.constexpr):
-    """Tile j [rows, columns], once it has arrived."""
-    stage = j % STAGES
-    mbarrier.wait(ring.ready.index(stage), j // STAGES % 2)
-    box = ring.tiles.index(stage)
+    """Tile j [rows, columns], which has arrived."""
+    box = ring.tiles.index(j % STAGES)
     return box.reshape([box.shape[2], box.shape[3]])
 
 
@@ -164,7 +168,8 @@ def _release(ring, j, STAGES: gl.constexpr):
 
 @gluon.jit
 def _issue_scores(q_tile, k_ring, j, shape, STAGES: gl.constexpr):
-    """Begin Q K_j^T."""
+    """Begin Q K_j^T, once K_j has arrived."""
+    _await(k_ring, j, STAGES)
     k_tile = _tile_of(k_ring, j, STAGES)
     zero = gl.zeros([ROWS, shape.BLOCK_N], gl.float32, layout=_product_layout(shape.BLOCK_N))
     return warpgroup_mma(q_tile, k_tile.permute([1, 0]), zero, use_acc=False, is_async=True)
@@ -172,7 +177,7 @@ def _issue_scores(q_tile, k_ring, j, shape, STAGES: gl.constexpr):
 
 @gluon.jit
 def _issue_values(p, v_ring, j, acc, STAGES: gl.constexpr):
-    """Begin acc + P_j V_j."""
+    """Begin acc + P_j V_j. V_j has arrived."""
     return warpgroup_mma(p, _tile_of(v_ring, j, STAGES), acc, is_async=True)
 
 
@@ -205,6 +210,9 @@ def _attend(acc, m_i, l_i, p, q_tile, k_ring, v_ring, j, start_n, stop_n, is_ful
         qk, m_i, l_i, start_n, stop_n, is_full, offs_m, b, h, scale, factor, captured, q_tile.dtype, shape, score_mod,
         mask_mod, MASKED,
     )  # fmt: skip
+    # Already here, not in the next step: ptxas moves nothing across a loop, such as this wait. Without it, it puts the wait for
+    # the product before the exponentials, which then overlap nothing.
+    _await(v_ring, j, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
     _release(v_ring, j - 1, STAGES)
     acc = acc * _column(alpha, shape)
@@ -243,6 +251,7 @@ def _consume(c: gl.constexpr, q_tiles, q_ready, k_ring, v_ring, walk, rows, b, h
             qk, m_i, l_i, start_n, stop_n, is_full, offs_m, b, h, scale, factor, captured, q_tile.dtype, shape, score_mod,
             mask_mod, True,
         )  # fmt: skip
+        _await(v_ring, 0, STAGES)
         for j in range(1, walk.masked_tiles):
             start_n, stop_n, is_full = _masked(walk, j, S, shape)
             acc, m_i, l_i, p = _attend(

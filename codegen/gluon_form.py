@@ -6,7 +6,7 @@ of their operands, so the text stays; the two that make a tensor out of a number
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -32,7 +32,7 @@ def _language() -> ModuleType:
 _LANGUAGE = _language()
 
 
-@lru_cache(maxsize=None)
+@cache
 def gluon_form(function: Any) -> Any:
     """The Gluon form of a generated function, an object of `jit.jitted`; None of None. Equal functions give the same object."""
     if function is None:

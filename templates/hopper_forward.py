@@ -5,7 +5,8 @@ consumers, have 64 query rows each. In step j a consumer issues the product Q K_
 softmax of tile j while the second runs on the matrix units.
 
 Every stage has two barriers. `ready` completes when its bytes have arrived, `free` when both consumers have read them. Tile j
-is in stage j % STAGES, and completes the phase j // STAGES of the barriers there; a wait names the parity of a phase.
+is in stage j % STAGES, and completes the phase j // STAGES of the barriers there; a wait names the parity of a phase. A ring
+has two stages at least.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _ring(matrix, STAGES: gl.constexpr):
 def _masked(walk, i, S, shape):
     return masked_tile(
         walk.partial, walk.full, i, walk.partial_tiles, walk.plain_tiles, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED
-    )
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -116,7 +117,7 @@ def _produce(q, k, v, q_tiles, q_ready, k_ring, v_ring, walk, b, h, kv_b, kv_h, 
         async_load(q, [b, h, start_m + c * ROWS, 0], q_ready.index(c), q_tiles.index(c))
     previous = start_m * 0
     for j in range(0, walk.masked_tiles):
-        start_n, stop_n, is_full = _masked(walk, j, S, shape)
+        start_n, _, _ = _masked(walk, j, S, shape)
         _copy(k, k_ring, j, kv_b, kv_h, start_n, STAGES)
         if j > 0:
             _copy(v, v_ring, j - 1, kv_b, kv_h, previous, STAGES)
@@ -247,7 +248,7 @@ def _consume(c: gl.constexpr, q_tiles, q_ready, k_ring, v_ring, walk, rows, b, h
             start_n, stop_n, is_full = _plain(walk, 0, shape), S, walk.masked_tiles == 0
         qk = warpgroup_mma_wait(0, deps=[_issue_scores(q_tile, k_ring, 0, shape, STAGES)])
         _release(k_ring, 0, STAGES)
-        p, alpha, m_i, l_i = _softmax(
+        p, _, m_i, l_i = _softmax(
             qk, m_i, l_i, start_n, stop_n, is_full, offs_m, b, h, scale, factor, captured, q_tile.dtype, shape, score_mod,
             mask_mod, True,
         )  # fmt: skip
@@ -301,7 +302,9 @@ def attention_forward_hopper(q, k, v, out, lse, max_scores, lists, captured, L, 
         full, n_partial, n_full, S, shape.SPARSE_KV, shape.BLOCK_N, shape.LISTED, mask_mod is not None
     )
     walk = Walk(partial, full, partial_tiles, masked_tiles, plain_tiles)
-    tile = out.ptr + b.to(gl.int64) * out.stride_b + h.to(gl.int64) * out.stride_h + start_m.to(gl.int64) * out.stride_row
+    tile = (
+        out.ptr + b.to(gl.int64) * out.stride_b + h.to(gl.int64) * out.stride_h + start_m.to(gl.int64) * out.stride_row
+    )
     at = bh.to(gl.int64) * L + start_m
     rows = Rows(start_m, stop_m - start_m, tile, out.stride_row, lse + at, max_scores + at)
 

@@ -205,7 +205,9 @@ class _Language:
     """`tl` and `gl`: the operations above, those of torch that have the same name, and Gluon's layouts."""
 
     def __getattr__(self, name: str) -> Any:
-        return OPERATIONS[name] if name in OPERATIONS else getattr(torch, name, None) or getattr(gl, name, None) or getattr(tl, name)
+        if name in OPERATIONS:
+            return OPERATIONS[name]
+        return next(getattr(module, name) for module in (torch, gl, tl) if hasattr(module, name))
 
 
 class _Module:
@@ -256,7 +258,9 @@ def _argument(value: Any, space: dict[int, Any]) -> Any:
     if isinstance(value, SimpleNamespace):
         return SimpleNamespace(**{name: _argument(v, space) for name, v in vars(value).items()})
     if isinstance(value, tl.dtype):
-        return getattr(_Language(), {"fp": "float", "bf": "bfloat"}.get(value.name[:2], "int") + value.name.strip("bfpint"))
+        return getattr(
+            _Language(), {"fp": "float", "bf": "bfloat"}.get(value.name[:2], "int") + value.name.strip("bfpint")
+        )
     return _stand_in("", value, space)
 
 

@@ -24,6 +24,7 @@ HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 KEYS = (64, 128)  # of a tile
 WARPS = 4  # of a consumer
+STAGES = (2, 3, 4, 5, 6)  # with one, a consumer would wait for a tile that needs the place of the one it reads
 _C = KernelConfig
 
 # By the larger head dimension, in the order in which they are tried; num_stages is the length of a ring.
@@ -85,7 +86,7 @@ def obstacle(problem: Problem, target: Target | None, pinned: Pinned) -> str:
     for need in NEEDS:
         if not need.met(problem):
             return need.message(problem)
-    allowed = {"BLOCK_M": (BLOCK_M,), "BLOCK_N": KEYS, "num_warps": (WARPS,)}
+    allowed = {"BLOCK_M": (BLOCK_M,), "BLOCK_N": KEYS, "num_warps": (WARPS,), "num_stages": STAGES}
     for name, values in allowed.items():
         if getattr(pinned, name) not in (None, *values):
             return f"{name} is {getattr(pinned, name)}; leave {name} out or write {' or '.join(map(str, values))}"

@@ -1,4 +1,4 @@
-"""The warp-specialised kernel computes what the reference computes, whoever of its warps is fast; and planted bugs are found."""
+"""The warp-specialised kernel computes what the reference computes, whichever warps are fast; planted bugs are found."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from assertions import EPSILON, assert_within_budget
 from gluon_emulator import emulate
 from gluon_machine import Hazard
 from hypothesis import given, settings
-from strategies import Mod, Shape, environment, mask_mods, score_mods
-from torch import Tensor
+from strategies import Mod, environment, mask_mods, score_mods
 
 from flexattn import flex_attention, masks, mods, reference
 from flexattn.backends.hopper import NEEDS, obstacle, specialised
@@ -56,7 +55,12 @@ def empty(p: Problem) -> Forward:
 
 
 def run(
-    p: Problem, seed: int = 0, keys: int = 64, stages: int = 2, kernel: Any = None, options: dict[str, Any] | None = None
+    p: Problem,
+    seed: int = 0,
+    keys: int = 64,
+    stages: int = 2,
+    kernel: Any = None,
+    options: dict[str, Any] | None = None,
 ) -> Forward:
     result = empty(p)
     call = specialised(forward_call(p, result, options or {}), p)
@@ -115,7 +119,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows that attend to nothing": {"mask": lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx + 130) & (q_idx % 3 > 0)},
     "programs that attend to nothing": {"mask": lambda b, h, q_idx, kv_idx: q_idx > kv_idx + 140, "L": 300},
     "heads that differ": {"mask": lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (h == 1), "H": 4, "kv_heads": 2},
-    "keys that batch entries share": {"mask": lambda b, h, q_idx, kv_idx: kv_idx < 90 + 100 * b, "B": 2, "shared_keys": True},
+    "keys that batch entries share": {
+        "mask": lambda b, h, q_idx, kv_idx: kv_idx < 90 + 100 * b,
+        "B": 2,
+        "shared_keys": True,
+    },
     "128 columns": {"mask": masks.causal_mask, "E": 128, "Ev": 128, "dtype": torch.float16},
     "64 and 128 columns": {"mask": masks.causal_mask, "E": 64, "Ev": 128},
     "a score of -inf": {"score": lambda score, b, h, q_idx, kv_idx: torch.where(kv_idx < 130, score, -math.inf)},
@@ -136,7 +144,7 @@ def test_many_orders_give_the_same_bits() -> None:
     p = p._replace(block_mask=list(block_lists(masks.sliding_window(1000), (1, 1, 128, 640), (128, 128), p.query)[:4]))
     first = run(p)
     for seed in range(1, 40):
-        for a, b in zip(first, run(p, seed, stages=1 + seed % 4), strict=True):
+        for a, b in zip(first, run(p, seed, stages=2 + seed % 3), strict=True):
             assert torch.equal(a, b), seed
 
 
@@ -179,17 +187,19 @@ def test_adjacent_blocks_are_counted_not_read() -> None:
 
 # Each is a bug of the kind that shows on a device now and then.
 BUGS = {
-    "keys are read before they arrive": ("mbarrier.wait(ring.ready.index(stage), j // STAGES % 2)", "pass"),
+    "keys are read before they arrive": ("mbarrier.wait(ring.ready.index(j % STAGES), j // STAGES % 2)", "pass"),
+    "the first values are read before they arrive": ("        _await(v_ring, 0, STAGES)\n", ""),
+    "values are read before they arrive": ("    _await(v_ring, j, STAGES)\n", ""),
     "the queries are read before they arrive": ("mbarrier.wait(q_ready.index(c), 0)", "pass"),
     "a stage is overwritten while it is read": (
         "mbarrier.wait(ring.free.index(stage), (j // STAGES + 1) % 2)  # passes for a stage that was never used",
         "pass",
     ),
     "the producer waits for the wrong parity": ("(j // STAGES + 1) % 2)", "j // STAGES % 2)"),
-    "a consumer waits for the wrong parity": ("mbarrier.wait(ring.ready.index(stage), j // STAGES % 2)",
-                                              "mbarrier.wait(ring.ready.index(stage), (j // STAGES + 1) % 2)"),
-    "the parity of a stage never changes": ("mbarrier.wait(ring.ready.index(stage), j // STAGES % 2)",
-                                            "mbarrier.wait(ring.ready.index(stage), 0)"),
+    "a consumer waits for the wrong parity": ("mbarrier.wait(ring.ready.index(j % STAGES), j // STAGES % 2)",
+                                              "mbarrier.wait(ring.ready.index(j % STAGES), (j // STAGES + 1) % 2)"),
+    "the parity of a stage never changes": ("mbarrier.wait(ring.ready.index(j % STAGES), j // STAGES % 2)",
+                                            "mbarrier.wait(ring.ready.index(j % STAGES), 0)"),
     "keys are released before the product has read them": (
         "    qk = warpgroup_mma_wait(1, deps=[qk])\n    _release(k_ring, j, STAGES)\n",
         "    _release(k_ring, j, STAGES)\n    qk = warpgroup_mma_wait(1, deps=[qk])\n",
@@ -242,6 +252,11 @@ def test_the_emulator_finds(bug: str, tmp_path: Path) -> None:
     assert found
 
 
+def test_the_emulator_finds_that_a_ring_needs_two_stages() -> None:
+    with pytest.raises(Hazard, match="deadlock"):
+        run(problem(), stages=1)
+
+
 def test_the_kernel_without_a_bug_passes_where_bugs_are_looked_for(tmp_path: Path) -> None:
     kernel = with_bug(tmp_path, "def _produce(", "def _produce(").attention_forward_hopper
     p = problem(mask=masks.causal(512), H=1, L=128, S=640)
@@ -255,7 +270,10 @@ OBSTACLES: dict[str, tuple[Problem, str]] = {
     "no keys": (problem(S=0), "there are no keys"),
     "block size": (problem(mask=masks.causal_mask, block=(64, 64)), "BLOCK_SIZE is (64, 64); make the block mask with"),
     "expanded": (problem()._replace(key=torch.zeros(1, 1, 300, 64).bfloat16().expand(1, 2, -1, -1)), "key is expanded"),
-    "unaligned": (problem()._replace(value=torch.zeros(1, 1, 300, 65).bfloat16()[..., 1:]), "value is expanded, or its rows"),
+    "unaligned": (
+        problem()._replace(value=torch.zeros(1, 1, 300, 65).bfloat16()[..., 1:]),
+        "value is expanded, or its rows",
+    ),
 }
 
 
@@ -272,13 +290,16 @@ def test_other_devices_and_other_tiles_are_refused_and_the_rest_is_not() -> None
     assert obstacle(p, named("sm_90"), Pinned(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=5)) == ""
     assert "this is cuda 100" in obstacle(p, named("sm_100"), Pinned())
     assert "leave BLOCK_M out or write 128" in obstacle(p, named("sm_90"), Pinned(BLOCK_M=64))
+    assert "num_stages is 1; leave num_stages out or write 2" in obstacle(p, named("sm_90"), Pinned(num_stages=1))
     assert "leave BLOCK_N out or write 64 or 128" in obstacle(p, named("sm_90"), Pinned(BLOCK_N=32))
 
 
 def test_the_option_is_an_error_where_the_kernel_cannot_run() -> None:
     q = torch.randn(1, 1, 32, 64)
     for name in ("WARP_SPECIALIZED", "fwd_WARP_SPECIALIZED"):
-        with pytest.raises(ValueError, match=r"capability 9\.0, and this is Triton's interpreter; or leave the option out"):
+        with pytest.raises(
+            ValueError, match=r"capability 9\.0, and this is Triton's interpreter; or leave the option out"
+        ):
             flex_attention(q, q, q, backend="triton", kernel_options={name: True})
     with pytest.raises(ValueError, match="only the forward has such a kernel; write 'WARP_SPECIALIZED'"):
         flex_attention(q, q, q, backend="triton", kernel_options={"bwd_WARP_SPECIALIZED": True})

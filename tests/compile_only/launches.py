@@ -41,7 +41,9 @@ def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     return q_idx >= kv_idx
 
 
-def run(name: str, mod: Any, mask: Any, wanted: list[int], lse: bool, dtype: torch.dtype, columns: int = 40, **options: Any) -> None:
+def run(
+    name: str, mod: Any, mask: Any, wanted: list[int], lse: bool, dtype: torch.dtype, columns: int = 40, **options: Any
+) -> None:  # fmt: skip
     """A forward and a backward; keys shared by the batch, grouped heads, other columns in value."""
     program, captured, ints = trace(mod, mask)
     B, H, L = 2, 4, 300

@@ -36,6 +36,8 @@ def test_the_softmax_runs_beside_the_product_of_the_tile_before(tmp_path: Path) 
 
 def test_every_operation_and_every_form_of_operands_compiles(tmp_path: Path) -> None:
     operations = records("operations", tmp_path)
-    assert len(operations) == 10 and all(record["operations"] >= 9 for record in operations), operations
+    assert [(record["dtype"], record["operations"] >= 9) for record in operations] == [
+        ("bool", True), ("int32", True), ("bfloat16", True),
+    ]  # fmt: skip
     forms = records("forms", tmp_path)
     assert [(record["form"], record["spilled"]) for record in forms] == [("64 and 128", 0), ("a number", 0)]

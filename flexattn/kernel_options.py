@@ -68,6 +68,11 @@ OPTIONS: dict[str, Option] = {
         "bool",
         "the backward computes dQ with dK and dV in one kernel, added by atomics: faster, and not the same bits in every run",
     ),
+    "WARP_SPECIALIZED": Option(
+        "bool",
+        "the forward runs the warp-specialised kernel for GPUs of compute capability 9.0, an error where it cannot; off by "
+        "default, since it has not been measured on a GPU",
+    ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
     "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),
@@ -106,6 +111,10 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"kernel option {name!r} has no meaning: it is the backward that may differ from run to run; write "
                 "'DETERMINISTIC' or 'bwd_DETERMINISTIC'"
+            )
+        if name == "bwd_WARP_SPECIALIZED":
+            raise ValueError(
+                f"kernel option {name!r} has no meaning: only the forward has such a kernel; write 'WARP_SPECIALIZED'"
             )
         kind = OPTIONS[bare].kind
         if not _fits(kind, value):

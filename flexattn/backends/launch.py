@@ -56,6 +56,7 @@ class Call(NamedTuple):
         shaped: the rest, given a configuration: tiles and what follows from them. `grid` is the number of programs.
         device: where the tensors are.
         compiler_options: what the caller tells Triton's compiler for one make of GPU.
+        configurations: what is tried in the place of the table's, in order.
         parts: the launches that cover the grid, given what `shaped` gave: the number of programs, and more arguments.
         prepare: brings the buffers that the kernel adds to into the state it needs. Runs before every run of the call.
         outputs: the tensors that a run has written.
@@ -73,6 +74,7 @@ class Call(NamedTuple):
     shaped: Callable[[KernelConfig], dict[str, Any]]
     device: torch.device
     compiler_options: Mapping[str, Any] = MappingProxyType({})
+    configurations: tuple[KernelConfig, ...] = ()
     parts: Callable[[int, dict[str, Any]], Iterator[tuple[int, dict[str, Any]]]] = whole
     prepare: Callable[[], object] | None = None
     outputs: Callable[[], Sequence[Tensor]] = tuple
@@ -159,7 +161,8 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
     best: Chosen | None = None
     tried = 0
     needed: list[int] = []
-    for config in chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned):
+    table = chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned)
+    for config in call.configurations or table:
         least = least_shared_memory(call.which, config, call.row_bytes)
         if least > target.shared_memory:
             needed.append(least)

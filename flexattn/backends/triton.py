@@ -28,9 +28,9 @@ from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import autotune, kernel_lists, work_order
+from . import autotune, hopper, kernel_lists, work_order
 from .collection import Collection, Tiling, is_deterministic
-from .descriptors import LARGEST_BOX, describable, sum_descriptor, tile_descriptor
+from .descriptors import LARGEST_BOX, TMA, describable, sum_descriptor, tile_descriptor
 from .launch import Call, launch, run
 from .one_pass import ALONE, Backward, Sums, in_one_pass_or_two
 from .products import padded, pieces, precision_of, product_of
@@ -41,8 +41,6 @@ tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
 DELTA = KernelConfig(128, 16, 4, 1)  # of the delta kernel: it has nothing to tune
 MARGIN = 512  # no tile has more rows or columns
-# The descriptors of each matrix that is read: of the first piece of columns, and of the second.
-TMA = {name: (f"{short}_tma", f"{short}_rest") for name, short in (("q", "q"), ("k", "k"), ("v", "v"), ("dout", "do"))}
 
 
 class Forward(NamedTuple):
@@ -60,7 +58,7 @@ def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     result = Forward(out, lse, torch.empty_like(lse))
     if query.numel():
-        launch(forward_call(problem, result, options))
+        launch(hopper.chosen(forward_call(problem, result, options), problem, options))
     return result
 
 

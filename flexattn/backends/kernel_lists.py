@@ -13,18 +13,19 @@ from torch import Tensor
 from ..block_lists import adjacent, by_column
 from ..templates.arguments import Lists
 from .kept import kept
+from .recording import step
 
 
 def by_query(block_mask: Sequence[Tensor], block: int, S: int) -> Lists:
     """The lists of the rows of query blocks. The last key block comes last where, of that size, it reaches beyond `S`."""
     if S % block == 0 or len(block_mask) < 4:
         return _lists(block_mask)
-    return _lists(kept("sorted", block_mask, (), lambda: _ascending(block_mask)))
+    return _lists((*block_mask[:3], *step(_sorted, block_mask)))
 
 
 def by_key(block_mask: Sequence[Tensor], columns: int) -> Lists:
     """The lists of the key blocks: which of the query blocks attend to each of the `columns`."""
-    return _lists(kept("transposed", block_mask, (columns,), lambda: _transposed(block_mask, columns)))
+    return _lists(step(_by_column, block_mask, columns))
 
 
 def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
@@ -32,6 +33,18 @@ def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> 
 
     Reads the lists: the device is waited for, once.
     """
+    return bool(step(_is_contiguous, block_mask, columns, transposed))
+
+
+def _sorted(block_mask: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return kept("sorted", block_mask, (), lambda: _ascending(block_mask))
+
+
+def _by_column(block_mask: Sequence[Tensor], columns: int) -> tuple[Tensor, ...]:
+    return kept("transposed", block_mask, (columns,), lambda: _transposed(block_mask, columns))
+
+
+def _is_contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> bool:
     if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
 
@@ -42,12 +55,11 @@ def contiguous(block_mask: Sequence[Tensor], columns: int, transposed: bool) -> 
     return kept("contiguous", block_mask, (columns, transposed), found)
 
 
-def _ascending(block_mask: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    result = list(block_mask)
+def _ascending(block_mask: Sequence[Tensor]) -> tuple[Tensor]:
+    """The indices of the full blocks, in ascending order. No other list, which would keep itself alive."""
     count, index = block_mask[2], block_mask[3]
     used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-    result[3] = torch.where(used, index, torch.iinfo(torch.int32).max).sort(-1).values
-    return tuple(result)
+    return (torch.where(used, index, torch.iinfo(torch.int32).max).sort(-1).values,)
 
 
 def _transposed(block_mask: Sequence[Tensor], columns: int) -> tuple[Tensor, ...]:

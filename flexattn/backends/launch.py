@@ -18,6 +18,7 @@ from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 from ..codegen.jit import function_of_file, function_of_source
 from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_memory, option_names
 from ..errors import KernelError
+from . import recording
 from .resources import Resources, resources
 from .target import Target, current, interpreted
 
@@ -80,6 +81,7 @@ def launch(call: Call) -> None:
             run(call, choose(call, None).config)
         except OutOfResources:  # chosen for operands whose alignment needs less
             _CHOSEN.pop(_place(call, None), None)
+            recording.abandon("a launch failed")
             run(call, choose(call, None).config)
 
 
@@ -92,7 +94,9 @@ def run(call: Call, config: KernelConfig) -> None:
     with _on(call.device):
         try:
             for grid, more in call.parts(programs, shaped):
-                call.kernel[(grid,)](**call.arguments, **shaped, **more, **_options(call, config))
+                arguments = {**call.arguments, **shaped, **more}
+                kernel = call.kernel[(grid,)](**arguments, **_options(call, config))
+                recording.launched(call.kernel, kernel, grid, arguments)
         except (CompilationError, InterpreterError) as error:
             raise explained(error) from error
 
@@ -114,6 +118,7 @@ def choose(call: Call, target: Target | None) -> Chosen:
     place = _place(call, target)
     chosen = _CHOSEN.get(place)
     if chosen is None:
+        recording.abandon("a kernel was chosen")
         chosen = _CHOSEN[place] = _search(call, target or current(), loads=target is None)
     return chosen
 

@@ -1,0 +1,162 @@
+"""Plans: calls that have been seen before, done again without thinking.
+
+The first call of a kind goes the whole way: it chooses kernels and builds their arguments. The next is recorded, see
+`recording`; from then on a call of that kind fills in its tensors' addresses and launches. A *kind* is all that the way
+depends on: dtypes, shapes, strides, devices and alignments of the tensors, every number, and torch's own settings. What
+tensors hold is no part of it, nor are they kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..codegen.private import modes_are_active
+from .recording import Recording, Steps
+from .target import interpreted
+
+CAPACITY = 1024
+ATTEMPTS = 4  # calls of a kind of which one must have been worth recording
+ALIGNED = 15  # Triton compiles a kernel of its own for addresses that are no multiples of 16
+
+Solve = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Plan(NamedTuple):
+    """What is done, and the driver that the kernels are loaded by."""
+
+    done: Steps
+    driver: Any
+
+
+_PLANS: OrderedDict[tuple[Any, ...], Plan | int] = OrderedDict()  # an int: so many calls, no plan
+_LOCK = threading.Lock()
+_NEVER = interpreted() or torch.version.hip is not None  # AMD's kernels depend on the sizes of storages as well
+_enabled = True
+
+
+class PlanInfo(NamedTuple):
+    """Calls done by a plan, calls that went the whole way, and plans kept."""
+
+    hits: int
+    misses: int
+    size: int
+
+
+_COUNTS = [0, 0]
+
+
+def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[Any], solve: Solve) -> Sequence[Tensor]:
+    """The tensors that `solve(tensors)` makes, without running it if such a call has a plan.
+
+    `rest`, hashable, and `numbers` are all that it depends on besides the tensors. It must not depend on which of them are
+    the same object.
+    """
+    runtime = triton.knobs.runtime
+    if (
+        _NEVER
+        or not _enabled
+        or modes_are_active()
+        or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or runtime.add_stages_inspection_hook is not None
+    ):
+        return solve(tensors)
+    driver = triton.runtime.driver.active
+    key = _key(tensors, rest, numbers, driver.get_current_device())
+    found = None if key is None else _PLANS.get(key)
+    if type(found) is Plan and found.driver is driver:
+        values: list[Any] = [*tensors]
+        for step in found.done.steps:
+            if not step(values):
+                break
+        else:
+            _COUNTS[0] += 1
+            return [values[slot] for slot in found.done.results]
+        return _whole_way(tensors, solve)
+    if key is None or found is None or type(found) is Plan or found >= ATTEMPTS:
+        _keep(key, 1 if found is None or type(found) is Plan else found)
+        return _whole_way(tensors, solve)
+    return _recorded(key, found, tensors, solve, driver)
+
+
+def _key(
+    tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[Any], device: Any
+) -> tuple[Any, ...] | None:
+    """The kind of a call; None if it has none."""
+    compilation = triton.knobs.compilation
+    parts: list[Any] = [
+        rest,
+        device,
+        triton.knobs.runtime.debug,
+        compilation.instrumentation_mode,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cuda"),
+    ]
+    together = 0
+    for t in tensors:
+        together |= t.data_ptr()
+        parts += (t.dtype, t.shape, t.stride(), t.get_device())
+    if together & ALIGNED:
+        parts.append(tuple(t.data_ptr() & ALIGNED for t in tensors))
+    for number in numbers:
+        if type(number) is float:
+            if number != number:  # equal to nothing, so never found again
+                return None
+            number = number or repr(number)  # -0.0 equals 0.0, and is another number
+        elif type(number) is not int:
+            return None
+        parts.append(number)
+    return tuple(parts)
+
+
+def _recorded(
+    key: tuple[Any, ...], seen: int, tensors: Sequence[Tensor], solve: Solve, driver: Any
+) -> Sequence[Tensor]:
+    distinct: list[Tensor] = []
+    for t in tensors:  # a tensor that is given twice may be two tensors in another call
+        distinct.append(t.detach() if any(t is other for other in distinct) else t)
+    _COUNTS[1] += 1
+    with Recording(distinct) as recording:
+        results = solve(distinct)
+    done = recording.finish(results)
+    device = tensors[0].device
+    if done is None or not done.launches or (device.type == "cuda" and device.index != driver.get_current_device()):
+        _keep(key, seen + 1)
+    else:
+        _keep(key, Plan(done, driver))
+    return results
+
+
+def _whole_way(tensors: Sequence[Tensor], solve: Solve) -> Sequence[Tensor]:
+    _COUNTS[1] += 1
+    return solve(tensors)
+
+
+def _keep(key: tuple[Any, ...] | None, what: Plan | int) -> None:
+    if key is None:
+        return
+    with _LOCK:
+        _PLANS[key] = what
+        while len(_PLANS) > CAPACITY:
+            _PLANS.popitem(last=False)
+
+
+def plan_info() -> PlanInfo:
+    """Counts since the process started, or since `clear`."""
+    return PlanInfo(_COUNTS[0], _COUNTS[1], sum(type(found) is Plan for found in _PLANS.values()))
+
+
+def clear() -> None:
+    """Forget all plans."""
+    with _LOCK:
+        _PLANS.clear()
+        _COUNTS[:] = [0, 0]

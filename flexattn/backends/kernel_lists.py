@@ -64,7 +64,7 @@ def _ascending(block_mask: Sequence[Tensor]) -> tuple[Tensor]:
 
 def _transposed(block_mask: Sequence[Tensor], columns: int) -> tuple[Tensor, ...]:
     pairs = zip(block_mask[0::2], block_mask[1::2], strict=True)
-    return tuple(t for count, index in pairs for t in by_column(count, index, columns))
+    return tuple(t.contiguous() for count, index in pairs for t in by_column(count, index, columns))
 
 
 def _lists(tensors: Sequence[Tensor]) -> Lists:

@@ -29,10 +29,11 @@ Solve = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class Plan(NamedTuple):
-    """What is done, and the driver that the kernels are loaded by."""
+    """What is done, the driver that the kernels are loaded by, and how many calls of the kind had been seen."""
 
     done: Steps
     driver: Any
+    seen: int
 
 
 _PLANS: OrderedDict[tuple[Any, ...], Plan | int] = OrderedDict()  # an int: so many calls, no plan
@@ -70,20 +71,23 @@ def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[
         return solve(tensors)
     driver = triton.runtime.driver.active
     key = _key(tensors, rest, numbers, driver.get_current_device())
-    found = None if key is None else _PLANS.get(key)
-    if type(found) is Plan and found.driver is driver:
-        values: list[Any] = [*tensors]
-        for step in found.done.steps:
-            if not step(values):
-                break
-        else:
-            _COUNTS[0] += 1
-            return [values[slot] for slot in found.done.results]
+    if key is None:
         return _whole_way(tensors, solve)
-    if key is None or found is None or type(found) is Plan or found >= ATTEMPTS:
-        _keep(key, 1 if found is None or type(found) is Plan else found)
-        return _whole_way(tensors, solve)
-    return _recorded(key, found, tensors, solve, driver)
+    found = _PLANS.get(key, 0)
+    if type(found) is Plan:
+        if found.driver is driver:
+            values: list[Any] = [*tensors]
+            for step in found.done.steps:
+                if not step(values):
+                    break
+            else:
+                _COUNTS[0] += 1
+                return [values[slot] for slot in found.done.results]
+        found = found.seen
+    if 0 < found < ATTEMPTS:
+        return _recorded(key, found + 1, tensors, solve, driver)
+    _keep(key, found or 1)
+    return _whole_way(tensors, solve)
 
 
 def _key(
@@ -130,9 +134,9 @@ def _recorded(
     done = recording.finish(results)
     device = tensors[0].device
     if done is None or not done.launches or (device.type == "cuda" and device.index != driver.get_current_device()):
-        _keep(key, seen + 1)
+        _keep(key, seen)
     else:
-        _keep(key, Plan(done, driver))
+        _keep(key, Plan(done, driver, seen))
     return results
 
 
@@ -141,9 +145,7 @@ def _whole_way(tensors: Sequence[Tensor], solve: Solve) -> Sequence[Tensor]:
     return solve(tensors)
 
 
-def _keep(key: tuple[Any, ...] | None, what: Plan | int) -> None:
-    if key is None:
-        return
+def _keep(key: tuple[Any, ...], what: Plan | int) -> None:
     with _LOCK:
         _PLANS[key] = what
         while len(_PLANS) > CAPACITY:

@@ -158,6 +158,8 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
             raise Void(f"{func} gives no tensors")
         new = [number for number, t in enumerate(results) if not self._knows(t)]
         made = [results[number] for number in new]
+        if not made and not func._schema.is_mutable:
+            return  # nothing to do, as for a dtype that a tensor has already
         used: set[int] = set()
         if func in _EMPTY:
             (t,) = made

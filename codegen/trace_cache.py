@@ -59,9 +59,10 @@ def cached_trace(
     entry = _ENTRIES.get(key)
     if entry is None:
         return _made(key, tensors, score_mod, mask_mod, score_dtype, device)
-    with _LOCK:
-        if key in _ENTRIES:
-            _ENTRIES.move_to_end(key)
+    if len(_ENTRIES) > CAPACITY // 2:  # the order tells what to forget, which is far until then
+        with _LOCK:
+            if key in _ENTRIES:
+                _ENTRIES.move_to_end(key)
     if isinstance(entry, str):
         _COUNTS[2] += 1
         return trace(score_mod, mask_mod, score_dtype=score_dtype, device=device)

@@ -30,6 +30,7 @@ _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 )
 MOST = 256  # steps: what takes more has other costs
+_empty_like, _empty_strided = torch.empty_like, torch.empty_strided
 _aten = torch.ops.aten
 # Allocations, which all become one, the cheapest to ask for.
 _EMPTY = frozenset(
@@ -123,10 +124,13 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
             self._try(self._launch, kernel, compiled, grid, arguments)
 
     def _try(self, record: Callable[..., None], *what: Any) -> None:
+        self.paused = True
         try:
             record(*what)
         except Void as error:
-            self.void = str(error) or "void"
+            self.void = str(error)
+        finally:
+            self.paused = False
 
     def _name(self, tensors: Sequence[Tensor]) -> None:
         for t in tensors:
@@ -163,7 +167,7 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         used: set[int] = set()
         if func in _EMPTY:
             (t,) = made
-            return self._add(_allocation(t), used, made)
+            return self._add(self._allocation(t, used), used, made)
         template = self._template((args, kwargs), used)
         single = not isinstance(result, (tuple, list))
 
@@ -175,6 +179,18 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
             return True
 
         self._add(step, used, made)
+
+    def _allocation(self, t: Tensor, used: set[int]) -> Step:
+        """A tensor like this one, uninitialised: asked for by way of a tensor that it is like, or else by its numbers."""
+        size, stride, dtype, device = t.shape, t.stride(), t.dtype, t.device
+        for reference, slot in self._slots.values():
+            other = reference()
+            if other is None or (other.shape, other.stride(), other.dtype, other.device) != (size, stride, dtype, device):
+                continue
+            if _empty_like(other).stride() == stride:
+                used.add(slot)
+                return lambda values: values.append(_empty_like(values[slot])) is None
+        return lambda values: values.append(_empty_strided(size, stride, dtype=dtype, device=device)) is None
 
     def _template(self, value: Any, used: set[int]) -> Any:
         """The arguments, with slots in the place of tensors."""
@@ -298,17 +314,6 @@ def _filled(template: Any, values: Values) -> Any:
     if type(template) is dict:
         return {name: _filled(item, values) for name, item in template.items()}
     return template
-
-
-def _allocation(t: Tensor) -> Step:
-    """A tensor like this one, uninitialised."""
-    empty, size, stride, dtype, device = torch.empty_strided, t.shape, t.stride(), t.dtype, t.device
-
-    def step(values: Values) -> bool:
-        values.append(empty(size, stride, dtype=dtype, device=device))
-        return True
-
-    return step
 
 
 def _forgetting(step: Step, done: Sequence[int]) -> Step:

@@ -31,7 +31,6 @@ from ..templates.forward import attention_forward
 from . import kernel_lists
 from .collection import Collection, Tiling, is_deterministic
 from .launch import Call, launch, run
-from .plans import planned
 from .target import interpreted
 
 tl = triton.language
@@ -59,15 +58,6 @@ class Backward(NamedTuple):
 
 def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
     """Output, lse and row maxima of the modified scores."""
-
-    def solve(tensors: Sequence[Tensor]) -> Forward:
-        return _forward(_with_tensors(problem, tensors), options)
-
-    tensors = (problem.query, problem.key, problem.value, *problem.tensors, *problem.block_mask)
-    return Forward(*planned(tensors, _kind(problem, options), _numbers(problem), solve))
-
-
-def _forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
     query, value = problem.query, problem.value
     out = empty_like_strides(query, value.shape[-1])
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
@@ -87,49 +77,6 @@ def backward(
     options: Mapping[str, Any],
 ) -> Backward:
     """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
-    given = (out, lse, dout) if dlse is None else (out, lse, dout, dlse)
-    n = len(given)
-
-    def solve(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        out, lse, dout, *rest = tensors[:n]
-        made = _backward(
-            _with_tensors(problem, tensors[n:]), out, lse, dout, rest[0] if rest else None, wanted, options
-        )
-        return *made[:3], *made.dcaptured
-
-    tensors = (*given, problem.query, problem.key, problem.value, *problem.tensors, *problem.block_mask)
-    kind = ("backward", n, *wanted, *_kind(problem, options))
-    dq, dk, dv, *dcaptured = planned(tensors, kind, _numbers(problem), solve)
-    return Backward(dq, dk, dv, dcaptured)
-
-
-def _kind(problem: Problem, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a plan depends on, besides tensors and numbers."""
-    return (problem.variant.text, len(problem.tensors), problem.block_size, *options.items())
-
-
-def _numbers(problem: Problem) -> Sequence[Any]:
-    return (problem.given_scale, *problem.floats, *problem.ints)
-
-
-def _with_tensors(problem: Problem, tensors: Sequence[Tensor]) -> Problem:
-    """The problem with other tensors."""
-    query, key, value, *rest = tensors
-    n = len(problem.tensors)
-    return problem._replace(
-        query=query, key=key, value=value, captured=(*rest[:n], *problem.captured[n:]), block_mask=tuple(rest[n:])
-    )
-
-
-def _backward(
-    problem: Problem,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    wanted: Sequence[int],
-    options: Mapping[str, Any],
-) -> Backward:
     query, key, value = problem.query, problem.key, problem.value
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value))
     result = Backward(dq, dk, dv, [])

@@ -11,11 +11,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver as drivers
 
 from ..codegen.private import modes_are_active
 from .recording import Recording, Steps
@@ -52,6 +55,14 @@ class PlanInfo(NamedTuple):
 
 _COUNTS = [0, 0]
 
+# As functions, which `map` calls without a frame for each.
+_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_SHAPE: Any = Tensor.shape.__get__  # type: ignore[attr-defined]
+_STRIDE, _DEVICE, _ADDRESS = Tensor.stride, Tensor.get_device, Tensor.data_ptr
+_float32_precision = torch.get_float32_matmul_precision
+_are_deterministic = torch.are_deterministic_algorithms_enabled
+_in_inference_mode, _in_autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
+
 
 def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[Any], solve: Solve) -> Sequence[Tensor]:
     """The tensors that `solve(tensors)` makes, without running it if such a call has a plan.
@@ -59,7 +70,7 @@ def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[
     `rest`, hashable, and `numbers` are all that it depends on besides the tensors. It must not depend on which of them are
     the same object.
     """
-    runtime = triton.knobs.runtime
+    runtime = knobs.runtime
     if (
         _NEVER
         or not _enabled
@@ -69,7 +80,7 @@ def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[
         or runtime.add_stages_inspection_hook is not None
     ):
         return solve(tensors)
-    driver = triton.runtime.driver.active
+    driver = drivers.active
     key = _key(tensors, rest, numbers, driver.get_current_device())
     if key is None:
         return _whole_way(tensors, solve)
@@ -82,7 +93,7 @@ def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[
                     break
             else:
                 _COUNTS[0] += 1
-                return [values[slot] for slot in found.done.results]
+                return found.done.results(values)
         found = found.seen
     if 0 < found < ATTEMPTS:
         return _recorded(key, found + 1, tensors, solve, driver)
@@ -94,32 +105,34 @@ def _key(
     tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[Any], device: Any
 ) -> tuple[Any, ...] | None:
     """The kind of a call; None if it has none."""
-    compilation = triton.knobs.compilation
-    parts: list[Any] = [
-        rest,
-        device,
-        triton.knobs.runtime.debug,
-        compilation.instrumentation_mode,
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda"),
-    ]
-    together = 0
-    for t in tensors:
-        together |= t.data_ptr()
-        parts += (t.dtype, t.shape, t.stride(), t.get_device())
-    if together & ALIGNED:
-        parts.append(tuple(t.data_ptr() & ALIGNED for t in tensors))
     for number in numbers:
-        if type(number) is float:
-            if number != number:  # equal to nothing, so never found again
+        if type(number) is not float:
+            if type(number) is not int:
                 return None
-            number = number or repr(number)  # -0.0 equals 0.0, and is another number
-        elif type(number) is not int:
+        elif number != number:  # equal to nothing, so never found again
             return None
-        parts.append(number)
-    return tuple(parts)
+        elif number == 0:  # -0.0 equals 0.0, and is another number
+            rest = (*rest, *map(repr, numbers))
+    runtime, compilation = knobs.runtime, knobs.compilation
+    apart = None
+    if reduce(or_, map(_ADDRESS, tensors)) & ALIGNED:
+        apart = tuple([t.data_ptr() & ALIGNED for t in tensors])
+    return (
+        rest,
+        *numbers,
+        device,
+        apart,
+        runtime.debug,
+        compilation.instrumentation_mode,
+        _float32_precision() if tensors[0].dtype is torch.float32 else None,
+        _are_deterministic(),
+        _in_inference_mode(),
+        _in_autocast("cuda"),
+        *map(_DTYPE, tensors),
+        *map(_SHAPE, tensors),
+        *map(_STRIDE, tensors),
+        *map(_DEVICE, tensors),
+    )
 
 
 def _recorded(

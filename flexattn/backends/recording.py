@@ -31,6 +31,7 @@ _UNREPEATABLE = frozenset(
 )
 MOST = 256  # steps: what takes more has other costs
 _empty_like, _empty_strided = torch.empty_like, torch.empty_strided
+_address = Tensor.data_ptr
 _aten = torch.ops.aten
 # Allocations, which all become one, the cheapest to ask for.
 _EMPTY = frozenset(
@@ -42,10 +43,10 @@ _EMPTY = frozenset(
 
 
 class Steps(NamedTuple):
-    """What a recording has found: the steps, the slots of the call's results, and the number of launches."""
+    """What a recording has found: the steps, what picks the call's results, and the number of launches."""
 
     steps: tuple[Step, ...]
-    results: tuple[int, ...]
+    results: Callable[[Values], tuple[Any, ...]]
     launches: int
 
 
@@ -111,7 +112,7 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         for number, step in enumerate(self._steps):
             done = [s for s, at in last.items() if at == number and s >= self._inputs and s not in found]
             steps.append(_forgetting(step, done) if done else step)
-        return Steps(tuple(steps), found, self._launches)
+        return Steps(tuple(steps), _picker(found), self._launches)
 
     def note(self, function: Callable[..., Any], tensors: Sequence[Tensor], rest: tuple[Any, ...], made: Any) -> None:
         """A step that calls `function(tensors, *rest)`, which gave `made`: tensors, or an answer that shall be the same."""
@@ -236,18 +237,18 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         bases: list[int] = []
         trees = [self._argument(arguments[name], constants, slots, bases) for name in kernel.arg_names]
         getters = tuple(_getter(tree, len(constants), len(slots)) for tree in trees)
+        addressed, based = _picker(slots), _picker(bases)
         held, launcher = tuple(constants), compiled.run
         function, metadata = compiled.function, compiled.packed_metadata
         driver = triton.runtime.driver.active
-        get_device, get_stream = driver.get_current_device, driver.get_current_stream
+        device, get_stream = driver.get_current_device(), driver.get_current_stream
         self._launches += 1
 
         def step(values: Values) -> bool:
-            pool = (*held, *[values[s].data_ptr() for s in slots], *[values[s] for s in bases])
+            pool = (*held, *map(_address, addressed(values)), *based(values))
             launcher(
-                grid, 1, 1, get_stream(get_device()), function, metadata, None, None, None,
-                *[get(pool) for get in getters],
-            )  # fmt: skip
+                grid, 1, 1, get_stream(device), function, metadata, None, None, None, *[get(pool) for get in getters]
+            )
             return True
 
         self._add(step, {*slots, *bases}, ())
@@ -302,6 +303,13 @@ def _getter(tree: Any, constants: int, pointers: int) -> Callable[[tuple[Any, ..
         return itemgetter(*(first[item.kind] + item.number for item in tree))
     inner = [_getter(item, constants, pointers) for item in tree]
     return lambda pool: tuple([get(pool) for get in inner])
+
+
+def _picker(slots: Sequence[int]) -> Callable[[Values], tuple[Any, ...]]:
+    """Some values as a tuple."""
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda values: tuple([values[slot] for slot in slots])
 
 
 def _filled(template: Any, values: Values) -> Any:

@@ -275,6 +275,11 @@ class _Attention(torch.autograd.Function):
         wanted = [i for i in range(n) if ctx.needs_input_grad[6 + i]]
         if torch.is_grad_enabled():  # create_graph=True
             dq, dk, dv, *found = _Gradient.apply(n, ctx.options, wanted, q, k, v, out, lse, dout, dlse, *rest)  # type: ignore[no-untyped-call]
+        elif _unseen(q, k, v, out, lse, dout, *rest) and (dlse is None or type(dlse) is Tensor):
+            with AutoDispatchBelowAutograd():
+                dq, dk, dv, found = _backward(
+                    q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted
+                )
         else:
             dq, dk, dv, found = BACKWARD(q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
         captured: list[Tensor | None] = [None] * len(rest)

@@ -277,9 +277,8 @@ class _Attention(torch.autograd.Function):
             dq, dk, dv, *found = _Gradient.apply(n, ctx.options, wanted, q, k, v, out, lse, dout, dlse, *rest)  # type: ignore[no-untyped-call]
         elif _unseen(q, k, v, out, lse, dout, *rest) and (dlse is None or type(dlse) is Tensor):
             with AutoDispatchBelowAutograd():
-                dq, dk, dv, found = _backward(
-                    q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted
-                )
+                operands = (q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
+                dq, dk, dv, found = _backward(*operands)
         else:
             dq, dk, dv, found = BACKWARD(q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
         captured: list[Tensor | None] = [None] * len(rest)

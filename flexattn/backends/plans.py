@@ -85,13 +85,15 @@ def planned(tensors: Sequence[Tensor], rest: tuple[Any, ...], numbers: Sequence[
     if key is None:
         return _whole_way(tensors, solve)
     found = _PLANS.get(key, 0)
-    if type(found) is Plan:
+    if isinstance(found, Plan):
         if found.driver is driver:
             values: list[Any] = [*tensors]
-            for step in found.done.steps:
-                if not step(values):
+            for question in found.done.questions:
+                if not question(values):
                     break
             else:
+                for step in found.done.steps:
+                    step(values)
                 _COUNTS[0] += 1
                 return found.done.results(values)
         found = found.seen

@@ -21,7 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..codegen.private import TorchDispatchMode
 
 Values = list[Any]  # by slot: a tensor, or None where it is not needed any more
-Step = Callable[[Values], bool]  # adds what it makes; False: a question has another answer now
+Step = Callable[[Values], None]  # adds what it makes
+Question = Callable[[Values], bool]  # whether it has the answer that the steps depend on
 
 _NUMBERS = (int, float, bool, str, type(None))
 _CONSTANTS = frozenset((*_NUMBERS, torch.dtype, torch.device, torch.layout, torch.memory_format))
@@ -43,8 +44,9 @@ _EMPTY = frozenset(
 
 
 class Steps(NamedTuple):
-    """What a recording has found: the steps, what picks the call's results, and the number of launches."""
+    """What a recording has found: what to ask first, the steps, what picks the results, and the number of launches."""
 
+    questions: tuple[Question, ...]
     steps: tuple[Step, ...]
     results: Callable[[Values], tuple[Any, ...]]
     launches: int
@@ -69,6 +71,7 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         self._number = 0
         self._name(tensors)
         self._inputs = self._number
+        self._questions: list[Question] = []
         self._steps: list[Step] = []
         self._used: list[set[int]] = []  # by step
         self._noted: dict[tuple[Any, ...], list[int]] = {}
@@ -112,7 +115,7 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         for number, step in enumerate(self._steps):
             done = [s for s, at in last.items() if at == number and s >= self._inputs and s not in found]
             steps.append(_forgetting(step, done) if done else step)
-        return Steps(tuple(steps), _picker(found), self._launches)
+        return Steps(tuple(self._questions), tuple(steps), _picker(found), self._launches)
 
     def note(self, function: Callable[..., Any], tensors: Sequence[Tensor], rest: tuple[Any, ...], made: Any) -> None:
         """A step that calls `function(tensors, *rest)`, which gave `made`: tensors, or an answer that shall be the same."""
@@ -172,12 +175,11 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         template = self._template((args, kwargs), used)
         single = not isinstance(result, (tuple, list))
 
-        def step(values: Values) -> bool:
+        def step(values: Values) -> None:
             args, kwargs = _filled(template, values)
             again = func(*args, **kwargs)
             if new:
                 values.append(again) if single else values.extend([again[number] for number in new])
-            return True
 
         self._add(step, used, made)
 
@@ -186,12 +188,12 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         size, stride, dtype, device = t.shape, t.stride(), t.dtype, t.device
         for reference, slot in self._slots.values():
             other = reference()
-            if other is None or (other.shape, other.stride(), other.dtype, other.device) != (size, stride, dtype, device):
+            if other is None or (other.shape, other.dtype, other.device) != (size, dtype, device):
                 continue
             if _empty_like(other).stride() == stride:
                 used.add(slot)
-                return lambda values: values.append(_empty_like(values[slot])) is None
-        return lambda values: values.append(_empty_strided(size, stride, dtype=dtype, device=device)) is None
+                return lambda values: values.append(_empty_like(values[slot]))
+        return lambda values: values.append(_empty_strided(size, stride, dtype=dtype, device=device))
 
     def _template(self, value: Any, used: set[int]) -> Any:
         """The arguments, with slots in the place of tensors."""
@@ -211,20 +213,21 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         slots = [self._slot(t) for t in tensors]
         place = (function, *slots, *rest)
         if not isinstance(made, tuple):
+            if max(slots) >= self._inputs:
+                raise Void("a question about what a step has made")
 
             def question(values: Values) -> bool:
                 return bool(function([values[s] for s in slots], *rest) == made)
 
-            return self._add(question, set(slots), ())
+            return self._questions.append(question)
         known = [self._slot(t) if self._knows(t) else -1 for t in made]
         if place in self._noted and self._noted[place] == known:
             return
         if max(known) >= 0:
             raise Void("a step that gives what is there")
 
-        def step(values: Values) -> bool:
+        def step(values: Values) -> None:
             values.extend(function([values[s] for s in slots], *rest))
-            return True
 
         self._add(step, set(slots), made)
         self._noted[place] = [self._slot(t) for t in made]
@@ -244,12 +247,11 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         device, get_stream = driver.get_current_device(), driver.get_current_stream
         self._launches += 1
 
-        def step(values: Values) -> bool:
+        def step(values: Values) -> None:
             pool = (*held, *map(_address, addressed(values)), *based(values))
             launcher(
                 grid, 1, 1, get_stream(device), function, metadata, None, None, None, *[get(pool) for get in getters]
             )
-            return True
 
         self._add(step, {*slots, *bases}, ())
 
@@ -325,11 +327,10 @@ def _filled(template: Any, values: Values) -> Any:
 
 
 def _forgetting(step: Step, done: Sequence[int]) -> Step:
-    def shorter(values: Values) -> bool:
-        ok = step(values)
+    def shorter(values: Values) -> None:
+        step(values)
         for slot in done:
             values[slot] = None
-        return ok
 
     return shorter
 

@@ -67,7 +67,7 @@ def cached_trace(
         _COUNTS[2] += 1
         return trace(score_mod, mask_mod, score_dtype=score_dtype, device=device)
     _COUNTS[0] += 1
-    return Trace(entry.program, [*(tensors[i] for i in entry.captured), *entry.floats], [])
+    return Trace(entry.program, [*[tensors[i] for i in entry.captured], *entry.floats], [])
 
 
 # What reading the attributes of objects of the user's may raise: then the trace itself says what is wrong.

@@ -123,6 +123,7 @@ def _key(
         rest,
         *numbers,
         device,
+        tensors[0].is_cuda and torch.cuda.is_current_stream_capturing(),
         apart,
         runtime.debug,
         compilation.instrumentation_mode,

@@ -6,33 +6,28 @@ is told by identity. What cannot be repeated for other tensors of the same kind 
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..codegen.private import TorchDispatchMode
+from ..codegen.private import TorchDispatchMode, version_of
+from .launch_step import Step, Values, launch_step, picker
 
-Values = list[Any]  # by slot: a tensor, or None where it is not needed any more
-Step = Callable[[Values], None]  # adds what it makes
 Question = Callable[[Values], bool]  # whether it has the answer that the steps depend on
 
-_NUMBERS = (int, float, bool, str, type(None))
-_CONSTANTS = frozenset((*_NUMBERS, torch.dtype, torch.device, torch.layout, torch.memory_format))
-_KERNEL_CONSTANTS = (*_NUMBERS, triton.language.constexpr, triton.language.dtype, triton.JITFunction)
+_CONSTANTS = frozenset(
+    (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+)
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 )
 MOST = 256  # steps: what takes more has other costs
 _empty_like, _empty_strided = torch.empty_like, torch.empty_strided
-_address = Tensor.data_ptr
 _aten = torch.ops.aten
 # Allocations, which all become one, the cheapest to ask for.
 _EMPTY = frozenset(
@@ -56,6 +51,14 @@ class Void(Exception):
     """Something that cannot be repeated for other tensors."""
 
 
+class _Asked(NamedTuple):
+    """A function of tensors and `rest`, and its answer."""
+
+    function: Callable[..., Any]
+    rest: tuple[Any, ...]
+    answer: Any
+
+
 class _Slot(NamedTuple):
     """A tensor among arguments."""
 
@@ -71,7 +74,7 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         self._number = 0
         self._name(tensors)
         self._inputs = self._number
-        self._questions: list[Question] = []
+        self._questions: dict[tuple[int, ...], list[_Asked]] = {}  # by the slots of the tensors they are about
         self._steps: list[Step] = []
         self._used: list[set[int]] = []  # by step
         self._noted: dict[tuple[Any, ...], list[int]] = {}
@@ -115,7 +118,8 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         for number, step in enumerate(self._steps):
             done = [s for s, at in last.items() if at == number and s >= self._inputs and s not in found]
             steps.append(_forgetting(step, done) if done else step)
-        return Steps(tuple(self._questions), tuple(steps), _picker(found), self._launches)
+        questions = tuple(_question(slots, asked) for slots, asked in self._questions.items())
+        return Steps(questions, tuple(steps), picker(found), self._launches)
 
     def note(self, function: Callable[..., Any], tensors: Sequence[Tensor], rest: tuple[Any, ...], made: Any) -> None:
         """A step that calls `function(tensors, *rest)`, which gave `made`: tensors, or an answer that shall be the same."""
@@ -215,11 +219,7 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
         if not isinstance(made, tuple):
             if max(slots) >= self._inputs:
                 raise Void("a question about what a step has made")
-
-            def question(values: Values) -> bool:
-                return bool(function([values[s] for s in slots], *rest) == made)
-
-            return self._questions.append(question)
+            return self._questions.setdefault(tuple(slots), []).append(_Asked(function, rest, made))
         known = [self._slot(t) if self._knows(t) else -1 for t in made]
         if place in self._noted and self._noted[place] == known:
             return
@@ -235,83 +235,35 @@ class Recording(TorchDispatchMode):  # type: ignore[misc]
     def _launch(self, kernel: Any, compiled: Any, grid: int, arguments: dict[str, Any]) -> None:
         if compiled is None or kernel.pre_run_hooks or type(kernel) is not triton.JITFunction:
             raise Void("a launch that is not only a launch")
-        constants: list[Any] = []
-        slots: list[int] = []
-        bases: list[int] = []
-        trees = [self._argument(arguments[name], constants, slots, bases) for name in kernel.arg_names]
-        getters = tuple(_getter(tree, len(constants), len(slots)) for tree in trees)
-        addressed, based = _picker(slots), _picker(bases)
-        held, launcher = tuple(constants), compiled.run
-        function, metadata = compiled.function, compiled.packed_metadata
-        driver = triton.runtime.driver.active
-        device, get_stream = driver.get_current_device(), driver.get_current_stream
+        try:
+            step, used = launch_step(compiled, grid, [arguments[name] for name in kernel.arg_names], self._slot)
+        except TypeError as error:
+            raise Void(str(error)) from error
         self._launches += 1
-
-        def step(values: Values) -> None:
-            pool = (*held, *map(_address, addressed(values)), *based(values))
-            launcher(
-                grid, 1, 1, get_stream(device), function, metadata, None, None, None, *[get(pool) for get in getters]
-            )
-
-        self._add(step, {*slots, *bases}, ())
-
-    def _argument(self, value: Any, constants: list[Any], slots: list[int], bases: list[int]) -> Any:
-        """A kernel's argument as a tree of places: ("constant" | "pointer" | "base", number), tuples, descriptors."""
-        if isinstance(value, Tensor):
-            slots.append(self._slot(value))
-            return _Place("pointer", len(slots) - 1)
-        if isinstance(value, tuple):
-            before = len(constants)
-            items = [self._argument(item, constants, slots, bases) for item in value]
-            if any(not isinstance(i, _Place) or i.kind != "constant" for i in items):
-                return items
-            del constants[before:]
-        elif type(value) is TensorDescriptor:
-            bases.append(self._slot(value.base))
-            bare = copy.copy(value)
-            bare.base = None
-            return _Descriptor(bare, _Place("base", len(bases) - 1))
-        elif not isinstance(value, _KERNEL_CONSTANTS):
-            raise Void(f"a kernel's argument is a {type(value).__name__}")
-        constants.append(value)
-        return _Place("constant", len(constants) - 1)
+        self._add(step, used, ())
 
 
-class _Place(NamedTuple):
-    kind: str
-    number: int
+def _question(slots: Sequence[int], asked: Sequence[_Asked]) -> Question:
+    """Whether functions of these tensors have the answers that they had, asked once for tensors in one state."""
+    pick = picker(slots)
+    right: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
 
+    def question(values: Values) -> bool:
+        nonlocal right
+        tensors: tuple[Tensor, ...] = pick(values)
+        for (reference, version), t in zip(right, tensors, strict=False):
+            if reference() is not t or version_of(t) != version:
+                break
+        else:
+            if right:
+                return True
+        if any(function(tensors, *rest) != answer for function, rest, answer in asked):
+            return False
+        if not any(t.is_inference() for t in tensors):  # which do not tell when they are written to
+            right = tuple((weakref.ref(t), version_of(t)) for t in tensors)
+        return True
 
-class _Descriptor(NamedTuple):
-    bare: TensorDescriptor
-    base: _Place
-
-
-def _getter(tree: Any, constants: int, pointers: int) -> Callable[[tuple[Any, ...]], Any]:
-    """From the pool of constants, pointers and bases to an argument."""
-    first = {"constant": 0, "pointer": constants, "base": constants + pointers}
-    if isinstance(tree, _Place):
-        return itemgetter(first[tree.kind] + tree.number)
-    if isinstance(tree, _Descriptor):
-        bare, at = tree.bare, first["base"] + tree.base.number
-
-        def described(pool: tuple[Any, ...]) -> TensorDescriptor:
-            made = copy.copy(bare)
-            made.base = pool[at]
-            return made
-
-        return described
-    if len(tree) > 1 and all(isinstance(item, _Place) for item in tree):
-        return itemgetter(*(first[item.kind] + item.number for item in tree))
-    inner = [_getter(item, constants, pointers) for item in tree]
-    return lambda pool: tuple([get(pool) for get in inner])
-
-
-def _picker(slots: Sequence[int]) -> Callable[[Values], tuple[Any, ...]]:
-    """Some values as a tuple."""
-    if len(slots) > 1:
-        return itemgetter(*slots)
-    return lambda values: tuple([values[slot] for slot in slots])
+    return question
 
 
 def _filled(template: Any, values: Values) -> Any:

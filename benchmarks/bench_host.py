@@ -105,11 +105,10 @@ def measure(rounds: int) -> None:
         for name, call in parts.items():
             with torch.set_grad_enabled(name in ("forward, recorded", "forward and backward")):
                 found[name] = least(call, rounds)
-        plans._enabled = False
-        with torch.no_grad():
-            found["forward, the whole way"] = least(parts["forward"], rounds)
-        found["forward and backward, the whole way"] = least(both, rounds)
-        plans._enabled = True
+        with plans.whole_way():
+            with torch.no_grad():
+                found["forward, the whole way"] = least(parts["forward"], rounds)
+            found["forward and backward, the whole way"] = least(both, rounds)
         return found
 
     columns = {"no mod": times(None, None), "causal": times(None, mask), "ALiBi, causal": times(alibi, mask)}

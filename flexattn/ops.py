@@ -310,6 +310,8 @@ NO_SECOND_DERIVATIVE = (
 
 def _below_autograd(keyset: Any, *operands: Any) -> Any:
     """The forward without its gradient. No `keyset`: the kernel itself."""
+    if keyset is None and operands[10] == "triton":  # which has few torch operations that autograd could be kept from
+        return _forward(*operands)
     with AutoDispatchBelowAutograd():
         if keyset is None:
             return _forward(*operands)
@@ -366,8 +368,6 @@ def attention(
         made = FORWARD(query, key, value, list(captured), list(block_mask), list(ints), *rest[1:])
     elif torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, (query, key, value, *captured))):
         made = _Attention.apply(None, len(captured), rest, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
-    elif backend == "triton":  # which has few torch operations that autograd could be kept from
-        made = _forward(query, key, value, captured, block_mask, *rest)
     else:
         made = _below_autograd(None, query, key, value, captured, block_mask, *rest)
     return made

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -171,6 +172,17 @@ def _keep(key: tuple[Any, ...], what: Plan | int) -> None:
 def plan_info() -> PlanInfo:
     """Counts since the process started, or since `clear`."""
     return PlanInfo(_COUNTS[0], _COUNTS[1], sum(type(found) is Plan for found in _PLANS.values()))
+
+
+@contextmanager
+def whole_way() -> Iterator[None]:
+    """Inside, no call is done by a plan, or recorded."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 def clear() -> None:

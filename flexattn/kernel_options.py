@@ -132,7 +132,12 @@ def options_of(options: Mapping[str, Any], forward: bool) -> dict[str, Any]:
 
 def options_text(options: Mapping[str, Any]) -> str:
     """Checked options as the operators take them: "BLOCK_M=64,USE_TMA=True", sorted."""
-    return ",".join(f"{name}={options[name]}" for name in sorted(options))
+    return _text(tuple(options.items())) if options else ""
+
+
+@lru_cache(maxsize=256)
+def _text(options: tuple[tuple[str, Any], ...]) -> str:
+    return ",".join(f"{name}={value}" for name, value in sorted(options))
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 from ..codegen.jit import function_of_file, function_of_source
 from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_memory, option_names
 from ..errors import KernelError
+from . import recording
 from .resources import Resources, resources
 from .target import Target, current, interpreted
 
@@ -103,6 +104,7 @@ def launch(call: Call) -> None:
             run(call, choose(call, None).config)
         except OutOfResources:  # chosen for operands whose alignment needs less
             _CHOSEN.pop(place_of(call, None), None)
+            recording.abandon("a launch failed")
             run(call, choose(call, None).config)
 
 
@@ -117,7 +119,9 @@ def run(call: Call, config: KernelConfig) -> None:
             if call.prepare is not None:
                 call.prepare()
             for grid, more in call.parts(programs, shaped):
-                call.kernel[(grid,)](**call.arguments, **shaped, **more, **_options(call, config))
+                arguments = {**call.arguments, **shaped, **more}
+                kernel = call.kernel[(grid,)](**arguments, **_options(call, config))
+                recording.launched(call.kernel, kernel, grid, arguments)
         except (CompilationError, InterpreterError) as error:
             raise explained(error) from error
 
@@ -142,6 +146,7 @@ def choose(call: Call, target: Target | None) -> Chosen:
     place = place_of(call, target)
     chosen = _CHOSEN.get(place)
     if chosen is None:
+        recording.abandon("a kernel was chosen")
         if call.tuning is None:
             chosen = _search(call, target or current(), loads=target is None)
         elif target is not None or capturing(call.device):

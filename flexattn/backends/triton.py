@@ -231,23 +231,24 @@ def _call(
         lists: Lists | None = None
         order: Order | None = None
         if listed:
+            columns = -(-S // block_kv)
             if by_key:
-                lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
-                inner = -(-SPARSE_KV // BLOCK_N), group, sharing, splits, "keys"
+                lists = kernel_lists.by_key(problem.block_mask, columns)
             else:
                 lists = kernel_lists.by_query(problem.block_mask, SPARSE_KV, S)
-                inner = -(-SPARSE_Q // BLOCK_M), 1, 1, 1, "queries"
             if not by_head:
-                order = work_order.longest_first(problem.block_mask, lists, tiles, *inner)
+                inner = -(-SPARSE_KV // BLOCK_N) if by_key else -(-SPARSE_Q // BLOCK_M)
+                keys = work_order.KeyTiles(columns, group, sharing, splits) if by_key else None
+                order = work_order.longest_first(problem.block_mask, tiles, inner, keys)
         tma = config.tma and by_tma and SPARSE_Q % BLOCK_M == 0 and SPARSE_KV % BLOCK_N == 0
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
         upright = config.upright and made.column_grads is None
         shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma, UPRIGHT=upright)
         found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
         for name in read:
-            rows, columns = (BLOCK_N if name in "kv" else BLOCK_M), widths[matrices[name].shape[-1]]
-            fitting = tma and rows <= LARGEST_BOX and columns.width <= LARGEST_BOX
-            for place, width in zip(TMA[name], columns, strict=True):
+            rows, parts = (BLOCK_N if name in "kv" else BLOCK_M), widths[matrices[name].shape[-1]]
+            fitting = tma and rows <= LARGEST_BOX and parts.width <= LARGEST_BOX
+            for place, width in zip(TMA[name], parts, strict=True):
                 found[place] = tile_descriptor(arguments[name].ptr, rows, width) if fitting and width else None
         if by_key:
             dq_sum = arguments["dq_sum"]

@@ -99,7 +99,7 @@ class Case:
             lists = self.mask.kv_lists()
             columns = -(-self.k.shape[2] // self.mask.BLOCK_SIZE[1])
             named |= {f"list {number}": t for number, t in enumerate(lists)}
-            by_key = kernel_lists._by_column(lists, columns)
+            by_key = kernel_lists.transposed(lists, columns)
             named |= {f"list by key {number}": t for number, t in enumerate(by_key)}
             if len(lists) > 2:
                 named["sorted"] = kernel_lists._sorted(lists)[0]

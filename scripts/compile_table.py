@@ -43,10 +43,13 @@ def rows(target: str) -> list[dict]:
     for head_dim in HEAD_DIMS:
         for name, (score_mod, mask_mod) in variants().items():
             program, captured, ints = trace(score_mod, mask_mod)
-            for made in survey(variant(program), captured, ints, torch.bfloat16, head_dim, named(target)):
+            for made in survey(
+                variant(program), captured, ints, torch.bfloat16, head_dim, named(target), both_ways=True
+            ):
                 code = instructions(made.kernel)
                 matrix = next((kind for kind, pattern in MATRIX.items() if re.search(pattern, code)), "none")
                 record = {"target": target, "variant": name, "D": head_dim, "kernel": made.template}
+                record["pass"] = made.which
                 record |= {"config": made.config, **made.resources._asdict(), "matrix": matrix}
                 found.append(record | {"limit": named(target).shared_memory, "seconds": round(made.seconds, 1)})
     return found
@@ -54,7 +57,7 @@ def rows(target: str) -> list[dict]:
 
 def table(records: list[dict]) -> str:
     """The records as text."""
-    head = ["target", "D", "variant", "kernel", "config", "registers", "spilled", "shared", "matrix", "seconds"]
+    head = ["target", "D", "variant", "pass", "config", "registers", "spilled", "shared", "matrix", "seconds"]
     lines = [head] + [
         [str(r[h]).replace("attention_", "").replace("BLOCK_", "").replace("num_", "") for h in head] for r in records
     ]

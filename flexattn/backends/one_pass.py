@@ -72,6 +72,11 @@ class Sums(NamedTuple):
 ALONE = Sums(None, None, None, 1)  # two passes, and one program for all that share keys
 
 
+def can_be_one_pass(problem: Problem, methods: Methods) -> bool:
+    """Whether the programs of keys can do all: nothing is collected by queries, and tiles end where blocks do."""
+    return set(methods) <= {None, "column"} and (not problem.block_mask or problem.block_size[0] % 16 == 0)
+
+
 def in_one_pass_or_two(problem: Problem, methods: Methods, options: Mapping[str, Any]) -> list[bool]:
     """Whether dQ is computed with dK and dV, given how gradients of captured tensors are collected: what is expected to be
     faster, and then the other, if it is to be found out by timing both.
@@ -79,7 +84,7 @@ def in_one_pass_or_two(problem: Problem, methods: Methods, options: Mapping[str,
     Raises `ValueError` where the caller insists on what cannot be.
     """
     wanted = options.get("ONE_PASS")
-    able = set(methods) <= {None, "column"} and (not problem.block_mask or problem.block_size[0] % 16 == 0)
+    able = can_be_one_pass(problem, methods)
     if wanted and not able:
         raise ValueError(
             "kernel option ONE_PASS=True: blocks of queries that are no multiple of 16, and gradients of captured tensors "

@@ -11,12 +11,13 @@ import torch
 
 from ..codegen.access import usual_methods
 from ..codegen.pipeline import Variant
+from ..config import prefers_one_pass
 from ..problem import Problem
 from .collection import Collection
 from .launch import Call, choose
-from .one_pass import Backward
+from .one_pass import Backward, Sums, can_be_one_pass
 from .resources import Resources
-from .target import Target, compiling_for
+from .target import Target, compiling_for, current
 from .triton import Forward, dkdv_call, dq_call, forward_call
 
 HEADS, LENGTH = 8, 4096
@@ -24,9 +25,10 @@ PRODUCTS = {"half": "16-bit products", "tf32": "TF32 products", "ieee": "float32
 
 
 class Compiled(NamedTuple):
-    """One kernel: its template's name, its configuration in words, what it needs, and the seconds it took to get it."""
+    """One kernel: its template's name and pass, its configuration in words, what it needs, the seconds it took to get it."""
 
     template: str
+    which: str
     config: str
     resources: Resources
     seconds: float
@@ -43,28 +45,41 @@ def survey(
     dtype: torch.dtype,
     head_dim: int,
     target: Target | None,
+    both_ways: bool = False,
 ) -> list[Compiled]:
-    """The forward, dQ and dK/dV kernels of a variant, compiled for `target` or the current device; nothing is run.
+    """The kernels of a variant, compiled for `target` or the current device; nothing is run.
 
-    Gradients are asked for of the captured tensors that require them.
+    The forward, then those of the backward, which has one pass or two, or `both_ways`. Gradients are asked for of the
+    captured tensors that require them.
     """
     found = []
     with nullcontext() if target is None else compiling_for(target):
-        for call in calls(variant, captured, ints, dtype, head_dim, "cuda" if target is None else "cpu"):
+        possible = calls(variant, captured, ints, dtype, head_dim, "cuda" if target is None else "cpu")
+        last = possible[-1]
+        if last.which == "one_pass":
+            device = target or current()
+            if not prefers_one_pass(device.backend, device.arch, last.product, last.head_dim):
+                possible.remove(last)
+            elif not both_ways:
+                possible = [possible[0], last]
+        for call in possible:
             start = time.perf_counter()
             chosen = choose(call, target)
             c, shape = chosen.config, call.shaped(chosen.config)["shape"]
             tile = f"BLOCK_M={shape.BLOCK_M.value}, BLOCK_N={shape.BLOCK_N.value}"
             words = f"{tile}, num_warps={c.num_warps}, num_stages={c.num_stages}, {PRODUCTS[call.product]}"
             name = call.kernel.fn.__name__
-            found.append(Compiled(name, words, chosen.resources, time.perf_counter() - start, chosen.kernel))
+            found.append(
+                Compiled(name, call.which, words, chosen.resources, time.perf_counter() - start, chosen.kernel)
+            )
     return found
 
 
 def calls(
     variant: Variant, captured: Sequence[Any], ints: Sequence[int], dtype: torch.dtype, head_dim: int, device: str
 ) -> list[Call]:
-    """The calls of an attention of ordinary size, with block lists if there is a mask.
+    """The calls of an attention of ordinary size, with block lists if there is a mask: the forward, the two passes of a
+    backward, and that of a backward in one pass, if it is possible.
 
     `captured`: as in `Problem`, run-time floats included.
     """
@@ -82,8 +97,12 @@ def calls(
     # The tensors at hand may be of another length than this problem.
     collection = Collection(problem, wanted, methods=usual_methods(variant.derivative.loads, wanted))
     gradients = Backward(q, k, v, [])
-    return [
+    found = [
         forward_call(problem, Forward(q, row, row), {}),
         dq_call(problem, q, row, row, gradients, collection, {}),
         dkdv_call(problem, q, row, row, gradients, collection, {}),
     ]
+    if can_be_one_pass(problem, collection.methods):
+        sums = Sums.of(problem, True, {})
+        found.append(dkdv_call(problem, q, row, row, gradients, collection, {}, sums))
+    return found

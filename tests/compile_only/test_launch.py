@@ -48,7 +48,15 @@ def test_kernels_are_launched_with_their_operands(tmp_path: Path) -> None:
 def test_tuned_kernels_are_compiled_and_launched_as_what_was_fastest(tmp_path: Path) -> None:
     records = [json.loads(line) for line in run("autotuned.py", tmp_path).splitlines() if line.startswith("{")]
     first, second, *entries = records
-    best = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4, "tma": False, "overlap": False, "upright": False}
+    best = {
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "num_warps": 4,
+        "num_stages": 4,
+        "tma": False,
+        "overlap": False,
+        "upright": False,
+    }
     expected = {"forward": best, "dq": {**best, "num_stages": 1}, "dkdv": {**best, "num_stages": 1}}
     assert len(first["runs"]) > len(second["runs"]) == 3, "the second call times nothing"
     final = {r.pop("pass"): r for r in second["runs"] if r.pop("tuned")}

@@ -24,6 +24,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from .access import WORKSPACES, Method, Methods
+from .distances import converted_apart
 from .formula import formula, gradients
 from .ir import DType, Node, Op, walk
 from .pipeline import Variant
@@ -74,28 +75,37 @@ class Functions(NamedTuple):
 
 
 def functions(
-    variant: Variant, methods: Methods = (), wide: Collection[int] = (), dialect: Dialect = TRITON
+    variant: Variant,
+    methods: Methods = (),
+    wide: Collection[int] = (),
+    dialect: Dialect = TRITON,
+    far: bool = False,
 ) -> Functions:
     """The device functions of a variant.
 
     `methods` says how the gradient of each of `variant.derivative.loads` is collected, None where it is not wanted; `wide`
-    numbers captured tensors with more elements than a 32-bit offset reaches.
+    numbers captured tensors with more elements than a 32-bit offset reaches. `far`: whether there are positions from
+    `distances.NEAR` on.
     """
+    near = list if far else converted_apart
+    (score,) = near([variant.unscaled])
     to_score = variant.derivative.score
+    if to_score is not None:
+        (to_score,) = near([to_score])
 
     def printer(role: str) -> _Printer:
         return _Printer(variant, role, dialect.prefix, wide)
 
     def collector(role: str, *which: Method) -> Function | None:
         pairs = zip(variant.derivative.loads, methods, strict=False)
-        found = [_Collected(*load, method) for load, method in pairs if method in which]
+        found = [_Collected(load, *near([grad]), method) for (load, grad), method in pairs if method in which]
         return printer(role).collect(found) if found else None
 
     grad_function = None
     if to_score is None or to_score.op is not Op.INPUT or to_score.value != "grad":
         grad_function = printer("score_mod_grad").single(to_score, f"grad, score, {_INDICES}, captured")
     return Functions(
-        printer("score_mod").single(variant.unscaled, f"score, {_INDICES}, captured")
+        printer("score_mod").single(score, f"score, {_INDICES}, captured")
         if variant.modifies_score
         else None,
         None if variant.mask is None else printer("mask_mod").single(variant.mask, f"{_INDICES}, captured"),

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from ..codegen.access import Methods
+from ..codegen.distances import NEAR
 from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
@@ -288,7 +289,8 @@ def _call(
 
 def _functions(problem: Problem, methods: Methods = ()) -> Jitted:
     wide = tuple(i for i, t in enumerate(problem.tensors) if max(_reach(t), t.numel()) > FARTHEST)
-    return _functions_of(problem.variant, methods, wide)
+    far = max(problem.query.shape[2], problem.key.shape[2]) > NEAR
+    return _functions_of(problem.variant, methods, wide, far)
 
 
 @lru_cache(maxsize=4096)
@@ -300,8 +302,8 @@ def _shape(**values: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _functions_of(variant: Variant, methods: Methods, wide: tuple[int, ...]) -> Jitted:
-    return jitted(functions(variant, methods, wide))
+def _functions_of(variant: Variant, methods: Methods, wide: tuple[int, ...], far: bool) -> Jitted:
+    return jitted(functions(variant, methods, wide, far=far))
 
 
 def captured_arguments(

@@ -185,16 +185,11 @@ class Reached:
         self._in_place |= plan.in_place
         if plan.loose:
             self._loose |= plan.loose
-        for given in (function.__kwdefaults__, function.__dict__):
-            self.parts.append(len(given) if given else 0)
-            if given:
-                self.parts += given
-                for value in tuple(given.values()):
-                    self._value(value)
-        defaults = function.__defaults__
-        self.parts.append(defaults and len(defaults))
-        for value in defaults or ():
-            self._value(value)
+        defaults, named, own = function.__defaults__, function.__kwdefaults__, function.__dict__
+        if defaults or named or own:
+            self._given(defaults, named, own)
+        else:
+            self.parts.append("bare")
         for number, names in plan.cells:
             assert function.__closure__ is not None
             self._chain(function.__closure__[number].cell_contents, names)
@@ -210,6 +205,18 @@ class Reached:
         else:
             for names in plan.own:
                 self._chain(bound, names)
+
+    def _given(self, defaults: Any, *spaces: dict[str, Any] | None) -> None:
+        """Defaults and attributes of a function."""
+        for given in spaces:
+            self.parts.append(len(given) if given else 0)
+            if given:
+                self.parts += given
+                for value in tuple(given.values()):
+                    self._value(value)
+        self.parts.append(defaults and len(defaults))
+        for value in defaults or ():
+            self._value(value)
 
     def _globals(self, function: FunctionType, plan: Plan) -> None:
         space = function.__globals__
@@ -227,6 +234,8 @@ class Reached:
 
     def _chain(self, value: Any, names: Chain) -> None:
         """`value.a.b...`, as far as its objects are what they seem; the last one may be used in any way."""
+        if not names:
+            return self._value(value)
         for number, name in enumerate(names):
             kind = type(value)
             if kind in _TENSORS or kind in _PLAIN or kind is float or kind in _CONTAINERS:

@@ -70,6 +70,7 @@ USES = {
         Use("torch.Tensor._base", "telling writes to captured tensors from writes to a mod's own"),
         Use("torch.Tensor._version", "noticing writes to tensors that cached results were made of"),
         Use("torch._subclasses.fake_tensor.FakeTensor", "tensors without data"),
+        Use("torch.utils._python_dispatch.TorchDispatchMode", "recording what a call does"),
         Use("torch.utils._pytree.register_pytree_node", "block masks as trees of tensors"),
         Use("torch.utils._pytree.GetAttrKey", "block masks as trees of tensors"),
         Use("torch.autograd.forward_ad._current_level", "noticing forward-mode differentiation"),
@@ -107,6 +108,7 @@ AutoDispatchBelowAutograd = find("torch._C._AutoDispatchBelowAutograd")
 AFTER_AUTOGRAD = find("torch._C._after_autograd_keyset")
 DisableTorchFunctionSubclass = find("torch._C.DisableTorchFunctionSubclass")
 FakeTensor = find("torch._subclasses.fake_tensor.FakeTensor")
+TorchDispatchMode: Any = find("torch.utils._python_dispatch.TorchDispatchMode")
 register_pytree_node = find("torch.utils._pytree.register_pytree_node")
 GetAttrKey = find("torch.utils._pytree.GetAttrKey")
 transforms_are_active: Callable[[], bool] = find("torch._C._are_functorch_transforms_active")

@@ -59,14 +59,15 @@ def cached_trace(
     entry = _ENTRIES.get(key)
     if entry is None:
         return _made(key, tensors, score_mod, mask_mod, score_dtype, device)
-    with _LOCK:
-        if key in _ENTRIES:
-            _ENTRIES.move_to_end(key)
+    if len(_ENTRIES) > CAPACITY // 2:  # the order tells what to forget, which is far until then
+        with _LOCK:
+            if key in _ENTRIES:
+                _ENTRIES.move_to_end(key)
     if isinstance(entry, str):
         _COUNTS[2] += 1
         return trace(score_mod, mask_mod, score_dtype=score_dtype, device=device)
     _COUNTS[0] += 1
-    return Trace(entry.program, [*(tensors[i] for i in entry.captured), *entry.floats], [])
+    return Trace(entry.program, [*[tensors[i] for i in entry.captured], *entry.floats], [])
 
 
 # What reading the attributes of objects of the user's may raise: then the trace itself says what is wrong.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ _NOTHING = nullcontext()
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside an autocast region, attention runs in the region's dtype, as torch's does. Validated later."""
+    if not isinstance(tensors[0], Tensor) or not _is_on(tensors[0].device.type):
+        return tensors
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors
     device = tensors[0].device.type
-    if not _is_on(device):
-        return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors)
 
@@ -34,4 +35,9 @@ def _is_on(device: str) -> bool:
 
 @constant_while_compiling  # Dynamo of PyTorch 2.11 does not know the function
 def _has_autocast(device: str) -> bool:
+    return _available(device)
+
+
+@cache
+def _available(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

@@ -59,9 +59,19 @@ OPTIONS: dict[str, Option] = {
         "bool",
         "tiles of the dK/dV pass have queries as rows: fewer registers, more shared memory; never changes a result",
     ),
+    "PIECES": Option(
+        "bool",
+        "head dimensions such as 80, 96 and 192 are computed as 64 + 16, 64 + 32 and 128 + 64 columns instead of being padded "
+        "to a power of two; on by itself",
+    ),
     "ONE_PASS": Option(
         "bool",
         "the backward computes dQ with dK and dV in one kernel, added by atomics: faster, and not the same bits in every run",
+    ),
+    "WARP_SPECIALIZED": Option(
+        "bool",
+        "the forward runs the warp-specialised kernel for GPUs of compute capability 9.0, an error where it cannot; off by "
+        "default, since it has not been measured on a GPU",
     ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
@@ -102,6 +112,10 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"kernel option {name!r} has no meaning: it is the backward that may differ from run to run; write "
                 "'DETERMINISTIC' or 'bwd_DETERMINISTIC'"
             )
+        if name == "bwd_WARP_SPECIALIZED":
+            raise ValueError(
+                f"kernel option {name!r} has no meaning: only the forward has such a kernel; write 'WARP_SPECIALIZED'"
+            )
         kind = OPTIONS[bare].kind
         if not _fits(kind, value):
             allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
@@ -118,7 +132,12 @@ def options_of(options: Mapping[str, Any], forward: bool) -> dict[str, Any]:
 
 def options_text(options: Mapping[str, Any]) -> str:
     """Checked options as the operators take them: "BLOCK_M=64,USE_TMA=True", sorted."""
-    return ",".join(f"{name}={options[name]}" for name in sorted(options))
+    return _text(tuple(options.items())) if options else ""
+
+
+@lru_cache(maxsize=256)
+def _text(options: tuple[tuple[str, Any], ...]) -> str:
+    return ",".join(f"{name}={value}" for name, value in sorted(options))
 
 
 @lru_cache(maxsize=256)

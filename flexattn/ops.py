@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -46,27 +48,33 @@ LIBRARY.define(
 )
 
 
+@cache
 def triton_backend() -> Any:
     """`backends.triton`, imported when it is first used: Triton exists on Linux only and takes a while to import."""
     return importlib.import_module(f"{__package__}.backends.triton")
+
+
+@cache
+def plans() -> Any:
+    """`backends.plans`, the same."""
+    return importlib.import_module(f"{__package__}.backends.plans")
 
 
 def _problem(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    captured: Sequence[Tensor] | None,
-    block_mask: Sequence[Tensor] | None,
-    ints: Sequence[int] | None,
-    floats: Sequence[float] | None,
+    captured: Sequence[Tensor],
+    block_mask: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
     block_size: Sequence[int],
     program: str,
     scale: float,
 ) -> Problem:
-    # AOTInductor packages give None for an empty list.
     blocks, parsed = (block_size[0], block_size[1]), variant(program)
     inside = joined(captured, floats, parsed)
-    return Problem(query, key, value, inside, block_mask or (), ints or (), blocks, parsed, scale)
+    return Problem(query, key, value, inside, block_mask, ints, blocks, parsed, scale)
 
 
 def _forward(
@@ -83,9 +91,25 @@ def _forward(
     backend: str,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
+    # AOTInductor packages give None for an empty list.
+    captured, block_mask, ints, floats = captured or (), block_mask or (), ints or (), floats or ()
     if backend == "triton":
-        return triton_backend().forward(problem, parsed_options(options))
+        n = len(captured)
+
+        def solve(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            query, key, value, *rest = tensors
+            numbers = (ints, floats, block_size, program, scale)
+            made: Sequence[Tensor] = triton_backend().forward(
+                _problem(query, key, value, rest[:n], rest[n:], *numbers), parsed_options(options)
+            )
+            return made
+
+        tensors = (query, key, value, *captured, *block_mask)
+        out, lse, max_scores = plans().planned(
+            tensors, ("forward", n, program, *block_size, options), (scale, *floats, *ints), solve
+        )
+        return out, lse, max_scores
+    problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
     with without_autocast(query.device):
         return tiled.forward(problem)
 
@@ -109,12 +133,24 @@ def _backward(
     options: str,
     wanted: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
+    # AOTInductor packages give None for an empty list.
+    captured, block_mask, ints, floats = captured or (), block_mask or (), ints or (), floats or ()
     if backend == "triton":
-        dq, dk, dv, dcaptured = triton_backend().backward(
-            problem, out, lse, dout, dlse, wanted, parsed_options(options)
-        )
+        n, given = len(captured), (out, lse, dout) if dlse is None else (out, lse, dout, dlse)
+
+        def solve(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            query, key, value, out, lse, dout, *rest = tensors
+            dlse = None if len(given) == 3 else rest.pop(0)
+            numbers = (ints, floats, block_size, program, scale)
+            problem = _problem(query, key, value, rest[:n], rest[n:], *numbers)
+            made = triton_backend().backward(problem, out, lse, dout, dlse, wanted, parsed_options(options))
+            return *made[:3], *made.dcaptured
+
+        tensors = (query, key, value, *given, *captured, *block_mask)
+        kind = ("backward", n, len(given), *wanted, program, *block_size, options)
+        dq, dk, dv, *dcaptured = plans().planned(tensors, kind, (scale, *floats, *ints), solve)
         return dq, dk, dv, dcaptured
+    problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
     with without_autocast(query.device):
         dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
     return dq, dk, dv, dcaptured
@@ -239,6 +275,10 @@ class _Attention(torch.autograd.Function):
         wanted = [i for i in range(n) if ctx.needs_input_grad[6 + i]]
         if torch.is_grad_enabled():  # create_graph=True
             dq, dk, dv, *found = _Gradient.apply(n, ctx.options, wanted, q, k, v, out, lse, dout, dlse, *rest)  # type: ignore[no-untyped-call]
+        elif _unseen(q, k, v, out, lse, dout, *rest) and (dlse is None or type(dlse) is Tensor):
+            with AutoDispatchBelowAutograd():
+                operands = (q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
+                dq, dk, dv, found = _backward(*operands)
         else:
             dq, dk, dv, found = BACKWARD(q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
         captured: list[Tensor | None] = [None] * len(rest)
@@ -270,6 +310,8 @@ NO_SECOND_DERIVATIVE = (
 
 def _below_autograd(keyset: Any, *operands: Any) -> Any:
     """The forward without its gradient. No `keyset`: the kernel itself."""
+    if keyset is None and operands[10] == "triton":  # which has few torch operations that autograd could be kept from
+        return _forward(*operands)
     with AutoDispatchBelowAutograd():
         if keyset is None:
             return _forward(*operands)
@@ -289,17 +331,18 @@ def _autograd(
     options = options[0] or (), options[1] or (), *options[2:]
     if keyset is not None and _unseen(query, key, value, *captured, *block_mask):
         keyset = None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *captured)):
+    if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, (query, key, value, *captured))):
         return _Attention.apply(keyset, len(captured), options, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
     return _below_autograd(keyset, query, key, value, captured, block_mask, *options)
 
 
 def _unseen(*tensors: Tensor) -> bool:
     """Whether a call can go to its kernel without the dispatcher: plain tensors, which nobody watches."""
-    return all(type(t) in _PLAIN for t in tensors) and not tensors[0].is_meta and not watched()
+    return _PLAIN.issuperset(map(type, tensors)) and not tensors[0].is_meta and not watched()
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
 
@@ -320,9 +363,11 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`flexattn::forward`, in eager code at a third of the dispatcher's cost."""
     made: tuple[Tensor, Tensor, Tensor]
-    rest = (floats, block_size, program, scale, backend, options)
-    if _unseen(query, key, value, *captured, *block_mask):
-        made = _autograd(None, query, key, value, captured, block_mask, ints, *rest)
+    rest = (ints, floats, block_size, program, scale, backend, options)
+    if not _unseen(query, key, value, *captured, *block_mask):
+        made = FORWARD(query, key, value, list(captured), list(block_mask), list(ints), *rest[1:])
+    elif torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, (query, key, value, *captured))):
+        made = _Attention.apply(None, len(captured), rest, query, key, value, *captured, *block_mask)  # type: ignore[no-untyped-call]
     else:
-        made = FORWARD(query, key, value, list(captured), list(block_mask), list(ints), *rest)
+        made = _below_autograd(None, query, key, value, captured, block_mask, *rest)
     return made

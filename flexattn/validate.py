@@ -21,19 +21,9 @@ MAX_HEAD_DIM = 256  # of the fused kernels
 
 def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Raise `ValueError` unless the three tensors form one attention problem."""
-    named = {"query": query, "key": key, "value": value}
-    for name, t in named.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}; pass a tensor of shape [batch, heads, length, head_dim]")
-        if t.is_nested:
-            raise NotImplementedError(
-                f"{name} is a nested tensor. Pack the sequences into one and keep them apart with a mask instead: "
-                "flexattn.masks.document_mask(document_ids)"
-            )
-        if t.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be [batch, heads, length, head_dim]")
-        if t.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {t.dtype}; use one of {', '.join(str(d)[6:] for d in DTYPES)}")
+    for t in (query, key, value):
+        if not isinstance(t, Tensor) or t.is_nested or t.dim() != 4 or t.dtype not in DTYPES:
+            raise _unusable("query" if t is query else "key" if t is key else "value", t)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"query, key and value differ in dtype ({query.dtype}, {key.dtype}, {value.dtype}); convert them to one"
@@ -42,18 +32,18 @@ def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None
         raise ValueError(
             f"query, key and value are on different devices ({query.device}, {key.device}, {value.device})"
         )
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key differ in head_dim: {query.shape[-1]} and {key.shape[-1]}")
-    if query.shape[-1] == 0:
+    (B, heads, _, E), (kv_batch, kv_heads, S, kv_E), (v_batch, v_heads, v_S, _) = query.shape, key.shape, value.shape
+    if E != kv_E:
+        raise ValueError(f"query and key differ in head_dim: {E} and {kv_E}")
+    if E == 0:
         raise ValueError("query and key have head_dim 0")
-    if key.shape[:3] != value.shape[:3]:
+    if kv_batch != v_batch or kv_heads != v_heads or S != v_S:
         raise ValueError(
             f"key and value differ in batch, heads or length: {tuple(key.shape[:3])} and {tuple(value.shape[:3])}"
         )
-    if key.shape[0] not in (query.shape[0], 1):
-        allowed = f"query's, {query.shape[0]}, or 1" if query.shape[0] != 1 else "query's, 1"
-        raise ValueError(f"the batch of key and value is {key.shape[0]}; it must be {allowed}")
-    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_batch not in (B, 1):
+        allowed = f"query's, {B}, or 1" if B != 1 else "query's, 1"
+        raise ValueError(f"the batch of key and value is {kv_batch}; it must be {allowed}")
     if heads != kv_heads:
         if not enable_gqa:
             raise ValueError(
@@ -61,6 +51,20 @@ def tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None
             )
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"query's {heads} heads cannot be divided among {kv_heads} key and value heads")
+
+
+def _unusable(name: str, t: Any) -> Exception:
+    """Why one of the tensors cannot be an operand."""
+    if not isinstance(t, Tensor):
+        return TypeError(f"{name} is a {type(t).__name__}; pass a tensor of shape [batch, heads, length, head_dim]")
+    if t.is_nested:
+        return NotImplementedError(
+            f"{name} is a nested tensor. Pack the sequences into one and keep them apart with a mask instead: "
+            "flexattn.masks.document_mask(document_ids)"
+        )
+    if t.dim() != 4:
+        return ValueError(f"{name} has shape {tuple(t.shape)}; it must be [batch, heads, length, head_dim]")
+    return ValueError(f"{name} has dtype {t.dtype}; use one of {', '.join(str(d)[6:] for d in DTYPES)}")
 
 
 def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
@@ -82,25 +86,24 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
         raise TypeError(
             f"block_mask is a {type(mask).__module__}.{type(mask).__name__}, not a flexattn.BlockMask{hint}"
         )
-    for name, size, have, axis in (
-        ("B", query.shape[0], mask.sizes[0], "batch"),
-        ("H", query.shape[1], mask.sizes[1], "heads"),
-    ):
-        if have not in (1, size):
-            raise ValueError(
-                f"block_mask has {name}={have} but query has {axis} {size}. A mask's {name} must equal query's or be 1; "
-                f"build it with create_block_mask(..., {name}={size}) or {name}=None"
-            )
-    for name, size, first, axis in zip("BH", query.shape, mask.only_first, ("b", "h"), strict=False):
-        if first and size > 1:
-            raise ValueError(
-                f"block_mask was made with {name}=1 of a mask that depends on {axis}, and query has {size}: it would have the "
-                f"blocks of the first and the elements of each. Build it with create_block_mask(..., {name}={size})"
-            )
-    lengths = (query.shape[2], key.shape[2])
-    if tuple(mask.seq_lengths) != lengths:
+    B, H, L, _ = query.shape
+    S = key.shape[2]
+    batch, heads = mask.sizes
+    if batch not in (1, B):
+        raise ValueError(_wrong_size("B", "batch", batch, B))
+    if heads not in (1, H):
+        raise ValueError(_wrong_size("H", "heads", heads, H))
+    if mask.only_first != (False, False):
+        for name, size, first, axis in zip("BH", query.shape, mask.only_first, ("b", "h"), strict=False):
+            if first and size > 1:
+                raise ValueError(
+                    f"block_mask was made with {name}=1 of a mask that depends on {axis}, and query has {size}: it would have "
+                    f"the blocks of the first and the elements of each. Build it with create_block_mask(..., {name}={size})"
+                )
+    rows, columns = mask.seq_lengths
+    if rows != L or columns != S:
         raise ValueError(
-            f"block_mask was made for lengths (Q_LEN, KV_LEN) = {tuple(mask.seq_lengths)}, query and key have {lengths}. "
+            f"block_mask was made for lengths (Q_LEN, KV_LEN) = {tuple(mask.seq_lengths)}, query and key have {(L, S)}. "
             "Build it for these lengths, or crop it with block_mask._adjust(Q_LEN, KV_LEN)"
         )
     if mask.kv_num_blocks.device != query.device:
@@ -108,6 +111,13 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
             f"block_mask is on {mask.kv_num_blocks.device}, query on {query.device}; move it with "
             f"block_mask.to({str(query.device)!r})"
         )
+
+
+def _wrong_size(name: str, axis: str, have: int, size: int) -> str:
+    return (
+        f"block_mask has {name}={have} but query has {axis} {size}. A mask's {name} must equal query's or be 1; "
+        f"build it with create_block_mask(..., {name}={size}) or {name}=None"
+    )
 
 
 def captured(tensors: Sequence[Tensor], device: torch.device) -> None:

@@ -43,7 +43,8 @@ class Order(NamedTuple):
 class Shape(NamedTuple):
     """What a kernel is compiled for; every member is a `tl.constexpr`.
 
-    D, DV: columns of query and key, and of value. BLOCK_D, BLOCK_DV: their widths in a tile, powers of two.
+    D, DV: columns of query and key, and of value. BLOCK_D, BLOCK_DV: their widths in a tile, powers of two; REST_D, REST_DV:
+    the widths of second pieces, or 0.
     BLOCK_M, BLOCK_N: queries and keys of a tile. SPARSE_Q, SPARSE_KV: those of a block of the mask.
     LISTED: whether there are block lists. CONTIGUOUS: whether the full blocks of each are adjacent, in order.
     SCALE_IN_FACTOR: whether the scale is part of the exponent, see `scores`. PRECISION: see `product`.
@@ -55,6 +56,8 @@ class Shape(NamedTuple):
     DV: Any
     BLOCK_D: Any
     BLOCK_DV: Any
+    REST_D: Any
+    REST_DV: Any
     BLOCK_M: Any
     BLOCK_N: Any
     SPARSE_Q: Any

@@ -14,13 +14,13 @@ from .gradient import load_row_statistics, score_gradients
 from .launch_order import work_of_program
 from .memory import add_rows, load_tile, rows_of, slice_of, store_tile
 from .names import kernel_name
-from .product import product, product_transposed, transposed_product
+from .product import product, product_transposed, scaled, transposed_product, zeros
 from .scores import log2_factor
 
 
 @triton.jit
-def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, lse, delta, at, dq_row,
-                 start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod: tl.constexpr,
+def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, dq_rest, lse, delta, at,
+                 dq_row, start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod: tl.constexpr,
                  mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, column_grads: tl.constexpr,
                  MASKED: tl.constexpr):  # fmt: skip
     """dk (before the scale), dv and the sums plus what the queries from `start_m` on contribute.
@@ -29,8 +29,12 @@ def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, 
     delta are few registers.
     """
     offs_m = start_m + tl.arange(0, shape.BLOCK_M)
-    q_tile = load_tile(queries, q, start_m, stop_m, shape.BLOCK_M, shape.D, shape.BLOCK_D, MASKED, shape.OFFSET)
-    do_tile = load_tile(douts, dout, start_m, stop_m, shape.BLOCK_M, shape.DV, shape.BLOCK_DV, MASKED, shape.OFFSET)
+    q_tile = load_tile(
+        queries, q, start_m, stop_m, shape.BLOCK_M, shape.D, shape.BLOCK_D, shape.REST_D, MASKED, shape.OFFSET
+    )
+    do_tile = load_tile(
+        douts, dout, start_m, stop_m, shape.BLOCK_M, shape.DV, shape.BLOCK_DV, shape.REST_DV, MASKED, shape.OFFSET
+    )
     lse_i, delta_i = load_row_statistics(lse, delta, at + offs_m, offs_m, stop_m)
     # Both products before the elementwise work, which can then overlap the second.
     if shape.UPRIGHT:
@@ -41,8 +45,8 @@ def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, 
             qk, dp, lse_i[:, None], delta_i[:, None], is_full, q_idx, stop_m, b, h, q_idx, kv_idx, scale, factor,
             captured, shape, score_mod, mask_mod, score_mod_grad, MASKED,
         )  # fmt: skip
-        ds_low = ds.to(q_tile.dtype)
-        dv_acc = transposed_product(p.to(do_tile.dtype), do_tile, dv_acc, shape.PRECISION)
+        ds_low = ds.to(q_tile[0].dtype)
+        dv_acc = transposed_product(p.to(do_tile[0].dtype), do_tile, dv_acc, shape.PRECISION)
         dk_acc = transposed_product(ds_low, q_tile, dk_acc, shape.PRECISION)
     else:
         q_idx, kv_idx = offs_m[None, :], offs_n[:, None]
@@ -54,21 +58,22 @@ def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, 
         )  # fmt: skip
         if column_grads is not None:
             sums = column_grads(sums, dmodified, raw, b, h, q_idx, kv_idx, keep, captured)
-        ds_low = dsT.to(q_tile.dtype)
-        dv_acc = product(pT.to(do_tile.dtype), do_tile, dv_acc, shape.PRECISION)
+        ds_low = dsT.to(q_tile[0].dtype)
+        dv_acc = product(pT.to(do_tile[0].dtype), do_tile, dv_acc, shape.PRECISION)
         dk_acc = product(ds_low, q_tile, dk_acc, shape.PRECISION)
     if dq_sum is not None:
-        zero = tl.zeros([shape.BLOCK_M, shape.BLOCK_D], tl.float32)
+        zero = zeros(shape.BLOCK_M, shape.BLOCK_D, shape.REST_D)
         if shape.UPRIGHT:
             dq_tile = product(ds_low, k_tile, zero, shape.PRECISION)
         else:
             dq_tile = transposed_product(ds_low, k_tile, zero, shape.PRECISION)
-        add_rows(dq_sum, dq_tma, dq_row + start_m, dq_tile, shape.BLOCK_D)
+        add_rows(dq_sum, dq_tma, dq_rest, dq_row + start_m, dq_tile, shape.BLOCK_D, shape.REST_D)
     return dk_acc, dv_acc, sums
 
 
 @triton.jit(repr=kernel_name("attention_backward_dkdv"))
-def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, do_tma, dq_tma, lse, delta, lists, order,
+def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, do_tma, dq_tma, q_rest, k_rest,
+                            v_rest, do_rest, dq_rest, lse, delta, lists, order,
                             captured, column_sums, L, S, rows, heads, group_size, heads_at_once, sharing, batches, splits,
                             tiles, scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,
                             score_mod_grad: tl.constexpr, column_grads: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -85,21 +90,39 @@ def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, 
     column, start_n, stop_n = tile_bounds(t, S, shape.SPARSE_KV, shape.BLOCK_N)
     offs_n = start_n + tl.arange(0, shape.BLOCK_N)
     k_tile = load_tile(
-        rows_of(k, k_tma, kv_b, kv_h), k, start_n, stop_n, shape.BLOCK_N, shape.D, shape.BLOCK_D, True, shape.OFFSET
+        rows_of(k, k_tma, k_rest, kv_b, kv_h),
+        k,
+        start_n,
+        stop_n,
+        shape.BLOCK_N,
+        shape.D,
+        shape.BLOCK_D,
+        shape.REST_D,
+        True,
+        shape.OFFSET,
     )
     v_tile = load_tile(
-        rows_of(v, v_tma, kv_b, kv_h), v, start_n, stop_n, shape.BLOCK_N, shape.DV, shape.BLOCK_DV, True, shape.OFFSET
+        rows_of(v, v_tma, v_rest, kv_b, kv_h),
+        v,
+        start_n,
+        stop_n,
+        shape.BLOCK_N,
+        shape.DV,
+        shape.BLOCK_DV,
+        shape.REST_DV,
+        True,
+        shape.OFFSET,
     )
     factor = log2_factor(scale, shape.SCALE_IN_FACTOR)
-    dk_acc = tl.zeros([shape.BLOCK_N, shape.BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([shape.BLOCK_N, shape.BLOCK_DV], tl.float32)
+    dk_acc = zeros(shape.BLOCK_N, shape.BLOCK_D, shape.REST_D)
+    dv_acc = zeros(shape.BLOCK_N, shape.BLOCK_DV, shape.REST_DV)
 
     part = (sharing * group_size + splits - 1) // splits
     first = kv_part % splits * part
     for j in tl.range(first, tl.minimum(first + part, sharing * group_size)):
         b = kv_b + j // group_size
         h = kv_h * group_size + j % group_size
-        queries, douts = rows_of(q, q_tma, b, h), rows_of(dout, do_tma, b, h)
+        queries, douts = rows_of(q, q_tma, q_rest, b, h), rows_of(dout, do_tma, do_rest, b, h)
         bh = (b * heads + h).to(tl.int64)
         at, dq_row = bh * L, bh * rows
         sums = (tl.zeros([shape.BLOCK_N], tl.float32),) * COLUMNS
@@ -112,23 +135,24 @@ def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, 
                 partial, full, i, partial_tiles, plain_tiles, L, shape.SPARSE_Q, shape.BLOCK_M, shape.LISTED
             )  # fmt: skip
             dk_acc, dv_acc, sums = _add_queries(
-                dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, lse, delta, at, dq_row,
-                start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod,
+                dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, dq_rest, lse, delta, at,
+                dq_row, start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod,
                 score_mod_grad, column_grads, True,
             )  # fmt: skip
         for i in tl.range(0, plain_tiles):
             start_m = plain_tile(full, i, shape.SPARSE_Q, shape.BLOCK_M, shape.LISTED, shape.CONTIGUOUS)
             dk_acc, dv_acc, sums = _add_queries(
-                dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, lse, delta, at, dq_row,
-                start_m, L, True, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod, score_mod_grad,
+                dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, dq_rest, lse, delta, at,
+                dq_row, start_m, L, True, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod, score_mod_grad,
                 column_grads, False,
             )  # fmt: skip
         for i in tl.static_range(COLUMNS):
             tl.store(column_sums[i] + bh * S + offs_n, sums[i], mask=offs_n < stop_n)
     store_tile(
-        slice_of(dk, kv_part, kv_h), dk, start_n, stop_n, dk_acc * scale, shape.BLOCK_N, shape.D, shape.BLOCK_D,
-        shape.OFFSET,
+        slice_of(dk, kv_part, kv_h), dk, start_n, stop_n, scaled(dk_acc, scale), shape.BLOCK_N, shape.D, shape.BLOCK_D,
+        shape.REST_D, shape.OFFSET,
     )  # fmt: skip
     store_tile(
-        slice_of(dv, kv_part, kv_h), dv, start_n, stop_n, dv_acc, shape.BLOCK_N, shape.DV, shape.BLOCK_DV, shape.OFFSET
-    )
+        slice_of(dv, kv_part, kv_h), dv, start_n, stop_n, dv_acc, shape.BLOCK_N, shape.DV, shape.BLOCK_DV, shape.REST_DV,
+        shape.OFFSET,
+    )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Loads and stores of tiles: rows of a matrix, padded to a power of two columns.
+"""Loads and stores of tiles: rows of a matrix, as pieces of columns, each padded to a power of two.
+
+One piece, or two where that wastes less: 80 columns as 64 and 16. Functions take and give tuples of pieces.
 
 Rows are read through pointers, or by the tensor memory accelerator (TMA), given a descriptor: then there are no addresses
 to compute, and what lies outside the matrix reads as zero by itself.
@@ -17,36 +19,53 @@ def slice_of(matrix, b, h):
 
 
 @triton.jit
-def rows_of(matrix, descriptor, b, h):
-    """One batch entry and head, as `load_tile` takes it: a pointer, or a descriptor and the first two of its indices."""
+def rows_of(matrix, descriptor, rest, b, h):
+    """One batch entry and head, as `load_tile` takes it: a pointer, or descriptors and the first two of their indices.
+
+    `descriptor` reads the first piece of columns, and `rest` the second, if there is one.
+    """
     if descriptor is None:
-        return slice_of(matrix, b, h), None, 0, 0
+        return slice_of(matrix, b, h), None, None, 0, 0
     else:
         # An axis that is shared has one entry in the descriptor.
-        return matrix.ptr, descriptor, tl.where(matrix.stride_b == 0, 0, b), tl.where(matrix.stride_h == 0, 0, h)
+        return matrix.ptr, descriptor, rest, tl.where(matrix.stride_b == 0, 0, b), tl.where(matrix.stride_h == 0, 0, h)
 
 
 @triton.jit
 def load_tile(source, matrix, start, stop, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-              BOUNDED: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
-    """[ROWS, WIDTH]: rows from `start` on of a matrix with COLUMNS columns, 0 where there is no element.
+              REST: tl.constexpr, BOUNDED: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Pieces [ROWS, WIDTH] and, unless REST is 0, [ROWS, REST]: rows from `start` on of a matrix with COLUMNS columns, 0
+    where there is no element.
 
     `source` is what `rows_of` gave. Rows from `stop` on do not exist; they are checked only if BOUNDED. A descriptor goes
     by the matrix's end instead. OFFSET is the type of offsets inside a tile.
     """
-    if source[1] is not None:
-        return source[1].load([source[2], source[3], start, 0]).reshape([ROWS, WIDTH])
+    if REST == 0:
+        return (_load_piece(source, source[1], matrix, start, stop, ROWS, COLUMNS, WIDTH, 0, BOUNDED, OFFSET),)
     else:
-        rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        return (
+            _load_piece(source, source[1], matrix, start, stop, ROWS, COLUMNS, WIDTH, 0, BOUNDED, OFFSET),
+            _load_piece(source, source[2], matrix, start, stop, ROWS, COLUMNS, REST, WIDTH, BOUNDED, OFFSET),
+        )
+
+
+@triton.jit
+def _load_piece(source, descriptor, matrix, start, stop, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+                FIRST: tl.constexpr, BOUNDED: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """The columns from FIRST on, which are WIDTH."""
+    if descriptor is not None:
+        return descriptor.load([source[3], source[4], start, FIRST]).reshape([ROWS, WIDTH])
+    else:
+        rows, columns = tl.arange(0, ROWS), FIRST + tl.arange(0, WIDTH)
         # One 64-bit scalar that changes with the tile, and offsets that a loop can keep.
         at = (source[0] + start.to(tl.int64) * matrix.stride_row) + _offsets(rows, columns, matrix, OFFSET)
         if BOUNDED:
-            if COLUMNS != WIDTH:
+            if FIRST + WIDTH > COLUMNS:
                 return tl.load(at, mask=(start + rows[:, None] < stop) & (columns[None, :] < COLUMNS), other=0.0)
             else:
                 return tl.load(at, mask=start + rows[:, None] < stop, other=0.0)
         else:
-            if COLUMNS != WIDTH:
+            if FIRST + WIDTH > COLUMNS:
                 return tl.load(at, mask=columns[None, :] < COLUMNS, other=0.0)
             else:
                 return tl.load(at)
@@ -54,22 +73,37 @@ def load_tile(source, matrix, start, stop, ROWS: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def store_tile(ptr, matrix, start, stop, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-               OFFSET: tl.constexpr):  # fmt: skip
-    """Write a tile, as far as it lies inside the matrix."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    at = (ptr + start.to(tl.int64) * matrix.stride_row) + _offsets(rows, columns, matrix, OFFSET)
-    inside = (start + rows[:, None] < stop) & (columns[None, :] < COLUMNS)
-    tl.store(at, tile.to(at.dtype.element_ty), mask=inside)
+               REST: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Write the pieces of a tile, as far as it lies inside the matrix."""
+    _store_piece(ptr, matrix, start, stop, tile[0], ROWS, COLUMNS, WIDTH, 0, OFFSET)
+    if REST != 0:
+        _store_piece(ptr, matrix, start, stop, tile[1], ROWS, COLUMNS, REST, WIDTH, OFFSET)
 
 
 @triton.jit
-def add_rows(ptr, descriptor, start, tile, WIDTH: tl.constexpr):
-    """Add a tile to rows from `start` on of a contiguous matrix [., WIDTH], atomically; all of them exist."""
+def _store_piece(ptr, matrix, start, stop, piece, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+                 FIRST: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    rows, columns = tl.arange(0, ROWS), FIRST + tl.arange(0, WIDTH)
+    at = (ptr + start.to(tl.int64) * matrix.stride_row) + _offsets(rows, columns, matrix, OFFSET)
+    inside = (start + rows[:, None] < stop) & (columns[None, :] < COLUMNS)
+    tl.store(at, piece.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_rows(ptr, descriptor, rest, start, tile, WIDTH: tl.constexpr, REST: tl.constexpr):
+    """Add the pieces of a tile to rows from `start` on of a contiguous matrix [., WIDTH + REST], atomically; all exist."""
+    _add_piece(ptr, descriptor, start, tile[0], WIDTH, 0, WIDTH + REST)
+    if REST != 0:
+        _add_piece(ptr, rest, start, tile[1], REST, WIDTH, WIDTH + REST)
+
+
+@triton.jit
+def _add_piece(ptr, descriptor, start, piece, WIDTH: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
     if descriptor is None:
-        at = tl.arange(0, tile.shape[0])[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.atomic_add(ptr + start.to(tl.int64) * WIDTH + at, tile, sem="relaxed")
+        at = tl.arange(0, piece.shape[0])[:, None] * COLUMNS + FIRST + tl.arange(0, WIDTH)[None, :]
+        tl.atomic_add(ptr + start.to(tl.int64) * COLUMNS + at, piece, sem="relaxed")
     else:
-        descriptor.atomic_add([start.to(tl.int32), 0], tile)
+        descriptor.atomic_add([start.to(tl.int32), FIRST], piece)
 
 
 @triton.jit

@@ -109,7 +109,8 @@ def distinct(call: Call, target: Target, first: KernelConfig) -> Iterator[Kernel
     """The candidates that may fit, but `first`, without those that are the same kernel inside the blocks of the mask."""
     seen = {_kernel_key(call, first)}
     head_dim, product = call.head_dim, call.product
-    for config in candidates(call.which, target.backend, target.arch, product, head_dim, call.pinned):
+    table = candidates(call.which, target.backend, target.arch, product, head_dim, call.pinned)
+    for config in call.configurations or table:
         if least_shared_memory(call.which, config, call.row_bytes) > target.shared_memory:
             continue
         key = _kernel_key(call, config)

@@ -10,6 +10,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 ALIGNMENT = 16  # bytes, of the first element and of all strides but the last: CUDA driver API, cuTensorMapEncodeTiled
 FARTHEST_STRIDE = 2**40  # bytes, likewise
 LARGEST_BOX = 256  # elements along an axis, likewise
+# The descriptors of each matrix that is read: of the first piece of columns, and of the second.
+TMA = {name: (f"{short}_tma", f"{short}_rest") for name, short in (("q", "q"), ("k", "k"), ("v", "v"), ("dout", "do"))}
 
 
 def describable(t: Tensor) -> bool:
@@ -34,7 +36,7 @@ def tile_descriptor(t: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(t, shape, [*strides, 1], [1, 1, rows, columns])
 
 
-def sum_descriptor(t: Tensor, rows: int) -> Any:
-    """The descriptor of a contiguous buffer [..., columns] to whose rows tiles of `rows` are added."""
+def sum_descriptor(t: Tensor, rows: int, columns: int) -> Any:
+    """The descriptor of a contiguous buffer [..., any columns] to which tiles [rows, columns] are added."""
     flat = t.view(-1, t.shape[-1])
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, flat.shape[1]])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])

@@ -19,6 +19,7 @@ from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 from ..codegen.jit import function_of_file, function_of_source
 from ..config import KernelConfig, Pass, Pinned, Product, chain, least_shared_memory, option_names
 from ..errors import KernelError
+from . import recording
 from .resources import Resources, resources
 from .target import Target, current, interpreted
 
@@ -56,6 +57,7 @@ class Call(NamedTuple):
         shaped: the rest, given a configuration: tiles and what follows from them. `grid` is the number of programs.
         device: where the tensors are.
         compiler_options: what the caller tells Triton's compiler for one make of GPU.
+        configurations: what is tried in the place of the table's, in order.
         parts: the launches that cover the grid, given what `shaped` gave: the number of programs, and more arguments.
         prepare: brings the buffers that the kernel adds to into the state it needs. Runs before every run of the call.
         outputs: the tensors that a run has written.
@@ -73,6 +75,7 @@ class Call(NamedTuple):
     shaped: Callable[[KernelConfig], dict[str, Any]]
     device: torch.device
     compiler_options: Mapping[str, Any] = MappingProxyType({})
+    configurations: tuple[KernelConfig, ...] = ()
     parts: Callable[[int, dict[str, Any]], Iterator[tuple[int, dict[str, Any]]]] = whole
     prepare: Callable[[], object] | None = None
     outputs: Callable[[], Sequence[Tensor]] = tuple
@@ -101,6 +104,7 @@ def launch(call: Call) -> None:
             run(call, choose(call, None).config)
         except OutOfResources:  # chosen for operands whose alignment needs less
             _CHOSEN.pop(place_of(call, None), None)
+            recording.abandon("a launch failed")
             run(call, choose(call, None).config)
 
 
@@ -115,7 +119,9 @@ def run(call: Call, config: KernelConfig) -> None:
             if call.prepare is not None:
                 call.prepare()
             for grid, more in call.parts(programs, shaped):
-                call.kernel[(grid,)](**call.arguments, **shaped, **more, **_options(call, config))
+                arguments = {**call.arguments, **shaped, **more}
+                kernel = call.kernel[(grid,)](**arguments, **_options(call, config))
+                recording.launched(call.kernel, kernel, grid, arguments)
         except (CompilationError, InterpreterError) as error:
             raise explained(error) from error
 
@@ -140,6 +146,7 @@ def choose(call: Call, target: Target | None) -> Chosen:
     place = place_of(call, target)
     chosen = _CHOSEN.get(place)
     if chosen is None:
+        recording.abandon("a kernel was chosen")
         if call.tuning is None:
             chosen = _search(call, target or current(), loads=target is None)
         elif target is not None or capturing(call.device):
@@ -159,7 +166,8 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
     best: Chosen | None = None
     tried = 0
     needed: list[int] = []
-    for config in chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned):
+    table = chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned)
+    for config in call.configurations or table:
         least = least_shared_memory(call.which, config, call.row_bytes)
         if least > target.shared_memory:
             needed.append(least)

@@ -14,7 +14,7 @@ from ..config import prefers_one_pass
 from ..problem import Problem
 from . import work_order
 from .collection import is_deterministic
-from .products import padded, precision_of, product_of
+from .products import padded, pieces, precision_of, product_of
 from .target import Target, current, interpreted
 
 ROWS = 128  # of dQ's buffer are a multiple of this, and so of every tile
@@ -52,7 +52,9 @@ class Sums(NamedTuple):
         dq = dk = dv = None
         if in_one_pass:
             step = max(ROWS, options.get("BLOCK_M1", 0))
-            dq = new(*query.shape[:2], -(-query.shape[2] // step) * step, padded(D))
+            dq = new(
+                *query.shape[:2], -(-query.shape[2] // step) * step, pieces(D, options.get("PIECES", True)).columns
+            )
         if parts > 1:
             dk, dv = new(Bkv * parts, Hkv, S, D), new(Bkv * parts, Hkv, S, value.shape[-1])
         return Sums(dq, dk, dv, parts)

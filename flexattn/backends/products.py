@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -31,3 +33,28 @@ def product_of(query: Tensor, precision: str) -> Product:
     if query.dtype is not torch.float32:
         return "half"
     return "tf32" if precision == "tf32" else "ieee"
+
+
+class Pieces(NamedTuple):
+    """Columns of a tile: the width of the first piece, and of a second one, or 0. Powers of two."""
+
+    width: int
+    rest: int
+
+    @property
+    def columns(self) -> int:
+        return self.width + self.rest
+
+
+ENOUGH = 0.75  # of the padded columns: two pieces that have no more are multiplied in less time than one
+NARROWEST = 64  # first piece: the products of narrower ones run below the matrix units' rate
+
+
+def pieces(columns: int, allowed: bool = True) -> Pieces:
+    """How many columns a tile has for a head dimension: 80 are 64 and 16, if `allowed`, rather than 128."""
+    whole = padded(columns)
+    first = whole // 2
+    rest = padded(max(1, columns - first))
+    if allowed and first >= NARROWEST and columns > first and first + rest <= ENOUGH * whole:
+        return Pieces(first, rest)
+    return Pieces(whole, 0)

@@ -28,12 +28,12 @@ from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import autotune, kernel_lists, work_order
+from . import autotune, hopper, kernel_lists, work_order
 from .collection import Collection, Tiling, is_deterministic
-from .descriptors import LARGEST_BOX, describable, sum_descriptor, tile_descriptor
+from .descriptors import LARGEST_BOX, TMA, describable, sum_descriptor, tile_descriptor
 from .launch import Call, launch, run
 from .one_pass import ALONE, Backward, Sums, in_one_pass_or_two
-from .products import padded, precision_of, product_of
+from .products import padded, pieces, precision_of, product_of
 from .target import interpreted
 from .tuning import tuning
 
@@ -41,7 +41,6 @@ tl = triton.language
 FARTHEST = 2**31 - 1  # what a 32-bit offset reaches
 DELTA = KernelConfig(128, 16, 4, 1)  # of the delta kernel: it has nothing to tune
 MARGIN = 512  # no tile has more rows or columns
-TMA = {"q": "q_tma", "k": "k_tma", "v": "v_tma", "dout": "do_tma"}  # the descriptor of each matrix that is read
 
 
 class Forward(NamedTuple):
@@ -59,7 +58,7 @@ def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     result = Forward(out, lse, torch.empty_like(lse))
     if query.numel():
-        launch(forward_call(problem, result, options))
+        launch(hopper.chosen(forward_call(problem, result, options), problem, options))
     return result
 
 
@@ -115,11 +114,11 @@ def delta_call(
     B, H, L, DV = out.shape
     width = padded(DV)
     rows = max(16, min(128, 8192 // width))
-    covered = L if dq_sum is None else dq_sum.shape[2]
+    covered, columns = (L, 1) if dq_sum is None else dq_sum.shape[2:]
     tiles = -(-covered // rows)
     arguments = {
         "out": _matrix(out), "dout": _matrix(dout), "delta": delta, "L": L, "heads": H, "tiles": tiles,
-        "dq_sum": dq_sum, "rows": covered, "BLOCK_D": 0 if dq_sum is None else dq_sum.shape[3],
+        "dq_sum": dq_sum, "rows": covered, "D": columns, "BLOCK_D": padded(columns),
         "dlse": None if dlse is None else dlse.to(torch.float32).contiguous(), "HAS_DLSE": dlse is not None,
         "DV": DV, "BLOCK_DV": width, "BLOCK_M": rows, "OFFSET": _offset_type(out, dout),
     }  # fmt: skip
@@ -196,7 +195,8 @@ def _call(
     arguments |= {"L": L, "S": S, "heads": H, "group_size": group, "scale": problem.scale}
     read = [n for n in ("q", "k", "v", "dout") if n in matrices]
     by_tma = all(describable(matrices[n]) for n in read)
-    row_bytes = (padded(D) + padded(DV)) * query.element_size()
+    widths = {n: pieces(n, options.get("PIECES", True)) for n in (D, DV)}
+    row_bytes = (widths[D].columns + widths[DV].columns) * query.element_size()
     if by_key:
         batches, outer = key.shape[0] * splits, key.shape[0] * splits * key.shape[1]
         at_once = work_order.together(1, L * row_bytes * -(-group * sharing // splits), outer, query.device)
@@ -207,8 +207,10 @@ def _call(
     constants: dict[str, Any] = {
         "D": D,
         "DV": DV,
-        "BLOCK_D": padded(D),
-        "BLOCK_DV": padded(DV),
+        "BLOCK_D": widths[D].width,
+        "BLOCK_DV": widths[DV].width,
+        "REST_D": widths[D].rest,
+        "REST_DV": widths[DV].rest,
         "LISTED": listed,
         "CONTIGUOUS": _is_contiguous(problem, by_key, options),
         "SCALE_IN_FACTOR": made.score_mod is None and problem.scale > 0,
@@ -229,33 +231,35 @@ def _call(
         lists: Lists | None = None
         order: Order | None = None
         if listed:
+            columns = -(-S // block_kv)
             if by_key:
-                lists = kernel_lists.by_key(problem.block_mask, -(-S // block_kv))
-                inner = -(-SPARSE_KV // BLOCK_N), group, sharing, splits, "keys"
+                lists = kernel_lists.by_key(problem.block_mask, columns)
             else:
                 lists = kernel_lists.by_query(problem.block_mask, SPARSE_KV, S)
-                inner = -(-SPARSE_Q // BLOCK_M), 1, 1, 1, "queries"
             if not by_head:
-                order = work_order.longest_first(problem.block_mask, lists, tiles, *inner)
+                inner = -(-SPARSE_KV // BLOCK_N) if by_key else -(-SPARSE_Q // BLOCK_M)
+                keys = work_order.KeyTiles(columns, group, sharing, splits) if by_key else None
+                order = work_order.longest_first(problem.block_mask, tiles, inner, keys)
         tma = config.tma and by_tma and SPARSE_Q % BLOCK_M == 0 and SPARSE_KV % BLOCK_N == 0
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
         upright = config.upright and made.column_grads is None
         shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma, UPRIGHT=upright)
         found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
         for name in read:
-            rows, columns = (BLOCK_N if name in "kv" else BLOCK_M), padded(matrices[name].shape[-1])
-            fitting = tma and rows <= LARGEST_BOX and columns <= LARGEST_BOX
-            found[TMA[name]] = tile_descriptor(arguments[name].ptr, rows, columns) if fitting else None
+            rows, parts = (BLOCK_N if name in "kv" else BLOCK_M), widths[matrices[name].shape[-1]]
+            fitting = tma and rows <= LARGEST_BOX and parts.width <= LARGEST_BOX
+            for place, width in zip(TMA[name], parts, strict=True):
+                found[place] = tile_descriptor(arguments[name].ptr, rows, width) if fitting and width else None
         if by_key:
             dq_sum = arguments["dq_sum"]
             by_descriptor = tma and dq_sum is not None and not interpreted()  # where it cannot add
-            found["dq_tma"] = sum_descriptor(dq_sum, BLOCK_M) if by_descriptor else None
+            for place, width in zip(("dq_tma", "dq_rest"), widths[D], strict=True):
+                found[place] = sum_descriptor(dq_sum, BLOCK_M, width) if by_descriptor and width else None
         return found
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
     key_of_choice += (by_tma, splits > 1)
-    widths = (padded(D), padded(DV))
     compiler_options = _amd_options(options) if torch.version.hip else {}
     facts = {
         "pass": which,
@@ -271,8 +275,8 @@ def _call(
         which=which,
         key=key_of_choice,
         product=product_of(query, precision),
-        head_dim=max(widths),
-        row_bytes=sum(widths) * query.element_size(),
+        head_dim=max(w.columns for w in widths.values()),
+        row_bytes=row_bytes,
         pinned=fixed,
         arguments=arguments,
         shaped=shaped,

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..templates.arguments import Lists, Order
+from ..templates.arguments import Order
 from .kept import kept
+from .kernel_lists import transposed
+from .recording import step
 
 
 class Device(NamedTuple):
@@ -21,6 +23,18 @@ class Device(NamedTuple):
 
     processors: int
     cache: int
+
+
+class KeyTiles(NamedTuple):
+    """What programs that own keys have in common: how many blocks of keys there are, and for whom each program works.
+
+    group, sharing: query heads and batch entries that read the same keys; splits: parts that these are divided into.
+    """
+
+    columns: int
+    group: int
+    sharing: int
+    splits: int
 
 
 USUAL = Device(132, 50 * 2**20)  # an H200, for kernels that are compiled or interpreted without a GPU
@@ -58,34 +72,31 @@ def splits(S: int, kv_heads: int, group: int, where: torch.device) -> int:
 
 
 def longest_first(
-    block_mask: Sequence[Tensor],
-    lists: Lists,
-    tiles: int,
-    tiles_of_block: int,
-    group: int = 1,
-    sharing: int = 1,
-    splits: int = 1,
-    what: str = "",
+    block_mask: Sequence[Tensor], tiles: int, tiles_of_block: int, keys: KeyTiles | None = None
 ) -> Order | None:
-    """The tiles of each row of `lists`, those whose blocks are most first; None while a CUDA graph is captured.
+    """The tiles of each row of the block lists, those whose blocks are most first; None while a CUDA graph is captured.
 
-    Programs that work for `group` heads and `sharing` batch entries at once, in `splits` parts, count the blocks of all.
-    `what` tells the lists apart that are made of one block mask.
+    Tiles are those of queries, or if given of `keys`.
     """
     if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # a graph may outlive the order, which lives as long as the block mask
-    rest = (what, tiles, tiles_of_block, group, sharing, splits)
-    order: Tensor = kept("order", block_mask, rest, lambda: _longest_first(lists, *rest[1:]))
+    (order,) = step(_order, block_mask, tiles, tiles_of_block, keys)
     many_b, many_h = order.shape[0] > 1, order.shape[1] > 1
     return Order(order, order.stride(0) if many_b else 0, order.stride(1) if many_h else 0)
 
 
-def _longest_first(lists: Lists, tiles: int, tiles_of_block: int, group: int, sharing: int, splits: int) -> Tensor:
-    count: Tensor = lists.partial_count if lists.full_count is None else lists.partial_count + lists.full_count
-    if group > 1 and count.shape[1] > 1:
-        count = count.unflatten(1, (-1, group)).sum(2)
-    if sharing > 1:
-        count = count.sum(0, keepdim=True)
-    work = count.repeat_interleave(tiles_of_block, -1)[..., :tiles]
-    order = torch.argsort(work, dim=-1, descending=True, stable=True).to(torch.int32)
-    return order.repeat_interleave(splits, 0) if order.shape[0] > 1 else order
+def _order(block_mask: Sequence[Tensor], tiles: int, tiles_of_block: int, keys: KeyTiles | None) -> tuple[Tensor, ...]:
+    def found() -> tuple[Tensor, ...]:
+        lists = block_mask if keys is None else transposed(block_mask, keys.columns)
+        work: Tensor = lists[0] if len(lists) < 4 else lists[0] + lists[2]
+        if keys is not None and keys.group > 1 and work.shape[1] > 1:
+            work = work.unflatten(1, (-1, keys.group)).sum(2)
+        if keys is not None and keys.sharing > 1:
+            work = work.sum(0, keepdim=True)
+        work = work.repeat_interleave(tiles_of_block, -1)[..., :tiles]
+        order = torch.argsort(work, dim=-1, descending=True, stable=True).to(torch.int32)
+        if keys is not None and order.shape[0] > 1:
+            order = order.repeat_interleave(keys.splits, 0)
+        return (order.contiguous(),)
+
+    return kept("order", block_mask, (tiles, tiles_of_block, keys), found)

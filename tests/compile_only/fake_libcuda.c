@@ -1,19 +1,27 @@
 /* The part of libcuda that Triton's launcher calls, for testing launches without a GPU: it runs nothing, and writes
-   one line to standard output for each kernel that is loaded or launched. */
+   one line to standard output for each kernel that is loaded or launched, unless QUIET is set. */
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 typedef struct {
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
 } LaunchConfig;
 
+static int quiet(void) {
+  static int known = -1;
+  if (known < 0) known = getenv("QUIET") != NULL;
+  return known;
+}
 int cuLaunchKernelEx(const LaunchConfig *c, void *function, void **parameters, void **extra) {
+  if (quiet()) return 0;
   printf("launch %u %u %u %u %llu\n", c->grid_x, c->grid_y, c->grid_z, c->block_x, *(unsigned long long *)parameters[0]);
   fflush(stdout);
   return 0;
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
   *function = (void *)3;
+  if (quiet()) return 0;
   printf("load %s\n", name);
   fflush(stdout);
   return 0;
@@ -47,12 +55,6 @@ int cuDeviceGet(int *device, int ordinal) {
   *device = 0;
   return 0;
 }
-int cuCtxGetDevice(int *device) { return cuDeviceGet(device, 0); }
-int cuModuleUnload(void *module) { return 0; }
-int cuStreamIsCapturing(void *stream, int *status) {
-  *status = 0;
-  return 0;
-}
 int cuDriverGetVersion(int *version) {
   *version = 13000;
   return 0;
@@ -65,6 +67,12 @@ int cuCtxGetLimit(size_t *value, int limit) {
   *value = 0;
   return 0;
 }
+int cuCtxGetDevice(int *device) { return cuDeviceGet(device, 0); }
+int cuStreamIsCapturing(void *stream, int *status) {
+  *status = 0;
+  return 0;
+}
+int cuModuleUnload(void *module) { return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }

@@ -41,12 +41,14 @@ def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     return q_idx >= kv_idx
 
 
-def run(name: str, mod: Any, mask: Any, wanted: list[int], lse: bool, dtype: torch.dtype, **options: Any) -> None:
+def run(
+    name: str, mod: Any, mask: Any, wanted: list[int], lse: bool, dtype: torch.dtype, columns: int = 40, **options: Any
+) -> None:  # fmt: skip
     """A forward and a backward; keys shared by the batch, grouped heads, other columns in value."""
     program, captured, ints = trace(mod, mask)
     B, H, L = 2, 4, 300
     q = torch.randn(B, H, L, 64, dtype=dtype)
-    k, v = torch.randn(1, 2, L, 64, dtype=dtype), torch.randn(1, 2, L, 40, dtype=dtype)
+    k, v = torch.randn(1, 2, L, 64, dtype=dtype), torch.randn(1, 2, L, columns, dtype=dtype)
     lists = [] if mask is None else list(create_block_mask(mask, None, None, L, L).kv_lists())
     problem = Problem(q, k, v, captured, lists, ints, (128, 128), variant(program), 0.1)
     print(f"case {name} {q.data_ptr()}", flush=True)
@@ -71,6 +73,7 @@ def main() -> None:
         False,
         half,
     )
+    run("hopper", None, causal, [], False, half, columns=64, WARP_SPECIALIZED=True)
     table, pair, gate = torch.rand(4, 600), torch.rand(300, 300), torch.rand(2, 4, 300)
     run(
         "tiles",

@@ -30,17 +30,18 @@ def run(script: str, tmp_path: Path) -> str:
 def test_kernels_are_launched_with_their_operands(tmp_path: Path) -> None:
     printed = run("launches.py", tmp_path)
     cases = [part.splitlines() for part in printed.split("case ")[1:]]
-    assert [lines[0].split()[0] for lines in cases] == ["plain", "float32", "listed", "learned", "tiles"]
+    assert [lines[0].split()[0] for lines in cases] == ["plain", "float32", "listed", "learned", "hopper", "tiles"]
     for head, *lines in cases:
         name, query = head.split()
         launches = [list(map(int, line.split()[1:])) for line in lines if line.startswith("launch")]
         # forward, delta, dQ, dK/dV
-        own = [True, False, True, True]
+        own = [name != "hopper", False, True, True]  # there it is a descriptor
         assert all(y == z == 1 for _, y, z, _, _ in launches), "grids have one dimension"
         # The first parameter of all but delta is the query; tiles of 128 or less, 2 batch entries and 4 heads.
         assert [pointer == int(query) for *_, pointer in launches] == own, (name, lines)
         assert launches[0][0] % 8 == 0 and launches[0][0] >= 3 * 8
     loaded = [line for line in printed.splitlines() if line.startswith("load ")]
+    assert any("attention_forward_hopper_mask_mod_" in line for line in loaded)
     assert any("score_mod_" in line and "row_grads_" in line for line in loaded), "variants have names of their own"
 
 

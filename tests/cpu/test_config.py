@@ -60,6 +60,7 @@ def test_what_registers_may_not_allow_is_tried_before_the_recommendation() -> No
 
 def test_one_pass_is_preferred_only_where_the_table_has_it() -> None:
     assert prefers_one_pass("cuda", 90, "half", 64) and prefers_one_pass("cuda", 90, "half", 16)
+    assert prefers_one_pass("cuda", 90, "half", 80) and not prefers_one_pass("cuda", 90, "half", 96)
     assert not prefers_one_pass("cuda", 90, "half", 128) and not prefers_one_pass("cuda", 90, "tf32", 64)
     assert not prefers_one_pass("cuda", 80, "half", 64) and not prefers_one_pass("hip", "gfx942", "half", 64)
 

@@ -77,7 +77,9 @@ def test_head_dimensions_groups_and_tails(
     assert_backend_equals_reference("triton", mod, mask, shape, dtype, 3, tiles)
 
 
-@pytest.mark.parametrize(("E", "way"), [*((E, "") for E in HEAD_DIMS), *((E, way) for E in (24, 192) for way in WAYS[1:])])
+@pytest.mark.parametrize(
+    ("E", "way"), [*((E, "") for E in HEAD_DIMS), *((E, way) for E in (24, 192) for way in WAYS[1:])]
+)
 def test_every_head_dimension(E: int, way: str) -> None:
     shape = Shape(1, 1, 2, 33, 47, E, HEAD_DIMS[-1 - HEAD_DIMS.index(E)], (32, 32), False)
     assert_backend_equals_reference("triton", None, CAUSAL, shape, torch.float32, E, way)

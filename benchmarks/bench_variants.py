@@ -52,6 +52,7 @@ from flexattn.backends.timer import Timer, event_timer
 RESULTS = Path(__file__).parent / "results"
 MARGIN = 5.0  # seconds before the deadline at which nothing more is timed
 HOPELESS = 3.0  # times the default, in the first round: not run again
+JUDGED = "float64"  # the name under which a problem's failure is recorded
 SHARE = 0.5  # of the time, for compiling ahead; what is left over is compiled when it is needed
 
 
@@ -125,8 +126,11 @@ class Bench:
     def everything(self, tasks: list[Task]) -> None:
         """All tasks that are left, until the time is over."""
         lost = {(r["cell"], r["pass"], r["variant"]) for r in self.records if r.get("fatal")}
-        done = {(r["cell"], r["pass"]) for r in self.records if not r.get("fatal")}
-        left = [t for t in tasks if (cell_name(t.cell), t.part) not in done]
+        done = {(r["cell"], r["pass"]) for r in self.records if r.get("ms")}
+        wrong = {r["cell"] for r in self.records if r["variant"] == JUDGED}
+        over = lambda cell, part: (cell, part) in done or cell in wrong
+        left = [t for t in tasks if not over(cell_name(t.cell), t.part)]
+        self.records = [r for r in self.records if r.get("fatal") or over(r["cell"], r["pass"])]
         if self.device == "cuda" and not self.options.resume:
             until = time.monotonic() + SHARE * (self.deadline - time.monotonic())
             count = sum(1 for _ in compiled(left, current(), until))
@@ -154,7 +158,7 @@ class Bench:
             Judge(problem, 128 if self.options.smoke else EVERY_ROW).errors(ours(problem))
             return Ways(problem), problem.area()
         except Exception as error:
-            self.failed(task, Variant("float64", {}), error)
+            self.failed(task, Variant(JUDGED, {}), error)
             return None, 0
 
     def measure(self, task: Task, ways: Ways, area: int) -> None:

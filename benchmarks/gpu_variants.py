@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from gpu_suites import LARGE, LLAMA, SMALL, TINY, TINYLLAMA, Cell, Shape
 
+from flexattn.backends import hopper
 from flexattn.config import KernelConfig, option_names
-from flexattn.kernel_options import OPTIONS
 
 # Products of a pass, in units of the forward's two; dQ and dK/dV alone compute scores again, which a whole backward
 # does not get credit for.
@@ -17,8 +17,9 @@ WORK = {"forward": 1.0, "dq": 1.5, "dkdv": 2.0, "backward": 2.5}
 PASSES = tuple(WORK)
 TWO_PASSES: Mapping[str, Any] = {"ONE_PASS": False}
 ONE_PASS: Mapping[str, Any] = {"ONE_PASS": True}
-SWITCHES = ("as they come", "one head at a time", "groups whole")  # see `switched` in bench_variants.py
+ORDINARY: Mapping[str, Any] = {hopper.OPTION: False}
 WIDE = Shape(1, 16, 16, 256)
+ODD = tuple(Shape(4, 16, 16, D) for D in (96, 192))
 
 
 class Variant(NamedTuple):
@@ -27,7 +28,7 @@ class Variant(NamedTuple):
     Attributes:
         name: in words; the first of a pass, "default", is what the library chooses by itself.
         options: kernel options.
-        switches: which of SWITCHES are set, things that no option can say.
+        switches: what no option can say, by the names of `variant_steps.SWITCHED`.
     """
 
     name: str
@@ -60,6 +61,7 @@ IN_ONE_PASS = {
     128: (_c(64, 128, 8, 2), _c(64, 64, 4, 2, True), _c(128, 64, 8, 1, True)),
     256: (_c(32, 64, 8, 1), _c(64, 64, 8, 1, True)),
 }
+SPECIALIZED = {64: ((128, 3), (128, 2), (64, 4)), 128: ((128, 2), (64, 4), (64, 2))}  # keys of a tile, stages
 BY = {"pointers": {"tma": False}, "tma": {"tma": True}}
 LATE = {"tma overlap": {"tma": True, "overlap": True}}
 
@@ -82,21 +84,24 @@ def pinned(which: Any, ways: Mapping[str, Mapping[str, bool]], tiles: Any, more:
 
 def forward(cell: Cell) -> Iterator[Variant]:
     yield Variant("default", {})
-    yield from pinned("forward", BY | LATE, FORWARD, {}, cell.D)
+    yield from pinned("forward", BY | LATE, FORWARD, ORDINARY, cell.D)
+    for keys, stages in SPECIALIZED.get(cell.D, ()):
+        options = {hopper.OPTION: True, "BLOCK_N": keys, "num_stages": stages}
+        yield Variant(f"warp specialized {hopper.BLOCK_M}x{keys} s{stages}", options)
     yield from orders(cell, {})
-    if "WARP_SPECIALIZED" in OPTIONS:
-        yield Variant("warp specialized", {"WARP_SPECIALIZED": True})
-        yield Variant("not warp specialized", {"WARP_SPECIALIZED": False})
+    yield from padded(cell, {})
 
 
 def dq(cell: Cell) -> Iterator[Variant]:
     yield Variant("default", TWO_PASSES)
     yield from pinned("dq", BY, DQ, TWO_PASSES, cell.D)
+    yield from padded(cell, TWO_PASSES)
 
 
 def dkdv(cell: Cell) -> Iterator[Variant]:
     yield Variant("default", TWO_PASSES)
     yield from pinned("dkdv", BY, DKDV, TWO_PASSES, cell.D)
+    yield from padded(cell, TWO_PASSES)
 
 
 def backward(cell: Cell) -> Iterator[Variant]:
@@ -106,6 +111,7 @@ def backward(cell: Cell) -> Iterator[Variant]:
     yield Variant("two passes pointers", {**TWO_PASSES, "USE_TMA": False})
     yield from pinned("one_pass", BY, IN_ONE_PASS, ONE_PASS, cell.D)
     yield from orders(cell, TWO_PASSES)
+    yield from padded(cell, {})
     if cell.Hq != cell.Hkv:
         yield Variant("two passes, groups whole", TWO_PASSES, ("groups whole",))
         yield Variant("one pass", ONE_PASS)
@@ -118,6 +124,12 @@ def orders(cell: Cell, options: Mapping[str, Any]) -> Iterator[Variant]:
         yield Variant("tiles as they come", options, ("as they come",))
         yield Variant("tiles as they come, one head at a time", options, ("as they come", "one head at a time"))
     yield Variant("one head at a time", options, ("one head at a time",))
+
+
+def padded(cell: Cell, options: Mapping[str, Any]) -> Iterator[Variant]:
+    """Head dimensions that are no power of two, padded to one."""
+    if cell.D & (cell.D - 1):
+        yield Variant("padded", {**options, "PIECES": False})
 
 
 _OF_PASS = {"forward": forward, "dq": dq, "dkdv": dkdv, "backward": backward}
@@ -141,6 +153,7 @@ CELLS = [
     *cells([2048], ("causal", "noop", "document"), SMALL),
     *cells([32768], ("causal",), SMALL),
     *cells([2048], ("noop",), WIDE),
+    *(cell for shape in ODD for cell in cells([4096], ("causal",), shape)),
 ]
 SMOKE = cells([40], ("causal", "noop", "document"), TINY)
 

@@ -17,8 +17,8 @@ from timing import short
 from torch import Tensor
 
 import flexattn
+from flexattn.backends import hopper, work_order
 from flexattn.backends import triton as backend
-from flexattn.backends import work_order
 from flexattn.backends.launch import Call, attempt, choose, launch
 from flexattn.backends.target import Target, compiling_for, current
 from flexattn.codegen.pipeline import variant as variant_of
@@ -127,7 +127,8 @@ def compile_one(cell: Cell, part: str, way: Variant, target: Target) -> list[Rec
             ways = Ways(Problem(cell, "cpu"))
         lse = torch.empty(cell.B, cell.Hq, cell.S)
         ways.forward = backend.Forward(torch.empty_like(ways.operands.query), lse, lse)
-        steps = ways.steps(part, way)
+        with patch.object(hopper, "current", lambda: target):
+            steps = ways.steps(part, way)
         with switched(way.switches):
             return needed(steps, target)
     except Exception as error:

@@ -112,6 +112,7 @@ def test_a_problem_whose_default_is_wrong_is_not_timed(
     records = measured(bench, tmp_path / "a.json", *chosen)
     found = [(r["case"], r["variant"], "error" in r) for r in records]
     assert found == [("noop", "float64", True), ("document", "default", False)]
+    assert measured(bench, tmp_path / "a.json", *chosen, "--resume") == records, "nothing is left"
 
 
 def test_a_run_goes_on_where_it_lost_the_device(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +120,8 @@ def test_a_run_goes_on_where_it_lost_the_device(bench: Any, tmp_path: Path, monk
     checked, alive = program.checked, [True]
 
     def lost(steps: Any, way: Any, expected: Any) -> Any:
+        if way.name == "128x64 w4 s2 tma":
+            raise ValueError("odd")
         if way.name == "one head at a time" and alive[0]:
             alive[0] = False
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -130,13 +133,16 @@ def test_a_run_goes_on_where_it_lost_the_device(bench: Any, tmp_path: Path, monk
 
     monkeypatch.setattr(program, "checked", lost)
     monkeypatch.setattr(program.Bench, "clean", clean)
-    chosen = ("--cells", "noop", "--passes", "forward", "dq", "--variants", "one head")
+    chosen = ("--cells", "noop", "--passes", "forward", "dq", "--variants", "one head", "128x64 w4 s2 tma")
     with pytest.raises(program.DeviceLost, match="illegal memory access"):
         measured(bench, out, *chosen)
     alive[0] = True
     records = measured(bench, out, *chosen, "--resume")
-    found = [(r["pass"], r["variant"], bool(r.get("fatal"))) for r in records]
-    assert found == [("forward", "one head at a time", True), ("forward", "default", False), ("dq", "default", False)]
+    fatal = [r["variant"] for r in records if r.get("fatal")]
+    timed = [(r["pass"], r["variant"]) for r in records if r.get("ms")]
+    assert fatal == ["one head at a time"]
+    assert timed == [("forward", "default"), ("forward", "128x64 w4 s2 tma overlap"), ("dq", "default")]
+    assert [r["variant"] for r in records if r.get("error") == "ValueError: odd"] == ["128x64 w4 s2 tma"], "once"
     assert measured(bench, out, *chosen, "--resume") == records, "nothing is left"
 
 

@@ -244,8 +244,12 @@ def one_row_for_all(t: Tensor) -> Tensor:
     return t[:, :, :1].expand_as(t)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "dout"])
-@pytest.mark.parametrize("layout", [odd_offset, odd_rows, columns_apart, one_row_for_all], ids=lambda f: f.__name__)
+# Equal rows of keys, or of values, would leave gradients that are nothing but rounding.
+UNDESCRIBABLE = [(f, n) for f in (odd_offset, odd_rows, columns_apart) for n in ("query", "key", "value", "dout")]
+UNDESCRIBABLE += [(one_row_for_all, "query"), (one_row_for_all, "dout")]
+
+
+@pytest.mark.parametrize(("layout", "name"), UNDESCRIBABLE, ids=lambda x: getattr(x, "__name__", x))
 def test_what_no_descriptor_can_describe_is_read_by_pointers(layout: Callable[[Tensor], Tensor], name: str) -> None:
     case = alibi_case("tma")
     setattr(case, name, layout(getattr(case, name)))

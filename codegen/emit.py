@@ -105,9 +105,7 @@ def functions(
     if to_score is None or to_score.op is not Op.INPUT or to_score.value != "grad":
         grad_function = printer("score_mod_grad").single(to_score, f"grad, score, {_INDICES}, captured")
     return Functions(
-        printer("score_mod").single(score, f"score, {_INDICES}, captured")
-        if variant.modifies_score
-        else None,
+        printer("score_mod").single(score, f"score, {_INDICES}, captured") if variant.modifies_score else None,
         None if variant.mask is None else printer("mask_mod").single(variant.mask, f"{_INDICES}, captured"),
         grad_function,
         collector("row_grads", "row"),

@@ -56,7 +56,9 @@ def test_the_values_are_the_same_to_the_bit_up_to_the_farthest_position(name: st
     mod = {**REWRITTEN, **KEPT}[name]
     traced = trace(mod, None)
     v = variant(traced.program)
-    near = torch.tensor([0, 1, 2, 5, 7]) if "TABLE" in mod.__code__.co_names else torch.tensor([0, 1, 2, 4097, NEAR - 1])
+    near = (
+        torch.tensor([0, 1, 2, 5, 7]) if "TABLE" in mod.__code__.co_names else torch.tensor([0, 1, 2, 4097, NEAR - 1])
+    )
     index = {"q_idx": near.int().view(-1, 1), "kv_idx": near.flip(0).int()}
     n = len(v.captured)
     inputs = Inputs({**index, "score": torch.randn(5, 5)}, traced.captured[:n], traced.captured[n:], traced.ints)

@@ -144,6 +144,14 @@ def tanh(x):
 
 
 @triton.jit
+def fast_tanh(x):
+    """Hyperbolic tangent of float32 by the one instruction that NVIDIA's GPUs have: a relative error of 2^-11 (PTX manual)."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x.to(tl.float32)], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 without cancellation near zero."""
     t = tanh(x * 0.5)

@@ -80,12 +80,13 @@ def functions(
     wide: Collection[int] = (),
     dialect: Dialect = TRITON,
     far: bool = False,
+    fast_tanh: bool = False,
 ) -> Functions:
     """The device functions of a variant.
 
     `methods` says how the gradient of each of `variant.derivative.loads` is collected, None where it is not wanted; `wide`
     numbers captured tensors with more elements than a 32-bit offset reaches. `far`: whether there are positions from
-    `distances.NEAR` on.
+    `distances.NEAR` on. `fast_tanh`: whether tanh is the GPU's own instruction, which is less exact.
     """
     near = list if far else converted_apart
     (score,) = near([variant.unscaled])
@@ -94,7 +95,7 @@ def functions(
         (to_score,) = near([to_score])
 
     def printer(role: str) -> _Printer:
-        return _Printer(variant, role, dialect.prefix, wide)
+        return _Printer(variant, role, dialect.prefix, wide, fast_tanh)
 
     def collector(role: str, *which: Method) -> Function | None:
         pairs = zip(variant.derivative.loads, methods, strict=False)
@@ -126,8 +127,8 @@ def captured_positions(variant: Variant) -> tuple[list[int], int, int]:
 class _Printer:
     """Prints one function."""
 
-    def __init__(self, variant: Variant, role: str, prefix: str, wide: Collection[int]) -> None:
-        self.variant, self.role, self.tl, self.wide = variant, role, prefix, wide
+    def __init__(self, variant: Variant, role: str, prefix: str, wide: Collection[int], fast_tanh: bool) -> None:
+        self.variant, self.role, self.tl, self.wide, self.fast_tanh = variant, role, prefix, wide, fast_tanh
         self.starts, self.first_float, self.first_int = captured_positions(variant)
         self.body: list[str] = []
         self.names: dict[Node, str] = {}
@@ -254,6 +255,8 @@ class _Printer:
             # Of an integer a bfloat16 is made by way of float32, on a GPU as well; Triton's interpreter takes its bits.
             by = f".to({tl}.float32)" if node.dtype is DType.BFLOAT16 and not node.lhs.dtype.is_float else ""
             return f"{args[0]}{by}.to({dtype})"
+        if node.op is Op.TANH and self.fast_tanh and node.dtype is not DType.FLOAT64:
+            return f"device.fast_tanh({args[0]}).to({dtype})"
         if node.lhs.dtype not in _LOW or node.op is Op.WHERE:
             return SPELLING[node.op](node, args, tl)
         raised = [f"{a}.to({tl}.float32)" for a in args]

@@ -1,8 +1,8 @@
 """Options of the kernels that a user may pin, as one table: name, type, and what it does.
 
 The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
-kernels and never change a result beyond rounding; the tiled and reference backends have nothing to tune and accept them
-without effect.
+kernels and never change a result beyond rounding, but for FAST_TANH; the tiled and reference backends have nothing to tune and
+accept them without effect.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ OPTIONS: dict[str, Option] = {
         "the forward runs the warp-specialised kernel for GPUs of compute capability 9.0, an error where it cannot; off by "
         "default, since it has not been measured on a GPU",
     ),
+    "FAST_TANH": Option(
+        "bool",
+        "tanh in a mod, of a softcap for example, is the GPU's own instruction, with a relative error of 2^-11, as small as the "
+        "rounding of 16-bit inputs; without effect on AMD and in the interpreter",
+    ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
     "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),
@@ -106,6 +111,11 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"kernel option {name!r} has no meaning: BLOCK_M and BLOCK_N are tiles of the forward, BLOCK_M1 and BLOCK_N1 "
                 "of the backward's dK/dV pass, BLOCK_M2 and BLOCK_N2 of its dQ pass"
+            )
+        if bare == "FAST_TANH" and name != bare:
+            raise ValueError(
+                f"kernel option {name!r} has no meaning: the backward computes the scores of the forward again, by the same tanh; "
+                "write 'FAST_TANH'"
             )
         if name == "fwd_DETERMINISTIC":
             raise ValueError(

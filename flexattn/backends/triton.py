@@ -100,7 +100,7 @@ def backward(
 
 def forward_call(problem: Problem, result: Forward, options: Mapping[str, Any]) -> Call:
     """The call of the forward kernel that fills `result`."""
-    made = _functions(problem)
+    made = _functions(problem, options_of(options, forward=True))
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "out": result.out}
     arguments = {"lse": result.lse, "max_scores": result.max_scores}
     arguments |= {"score_mod": made.score_mod, "mask_mod": made.mask_mod}
@@ -132,7 +132,7 @@ def dq_call(
     options: Mapping[str, Any],
 ) -> Call:  # fmt: skip
     """The call of the kernel that fills `result.dq` and what `collection` has for rows and tiles."""
-    made = _functions(problem, collection.methods)._replace(column_grads=None)
+    made = _functions(problem, options_of(options, forward=False), collection.methods)._replace(column_grads=None)
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout, "dq": result.dq}
     arguments: dict[str, Any] = {"lse": lse, "delta": delta, "row_sums": collection.rows, "ROWS": len(collection.rows)}
     arguments |= {name: f for name, f in made._asdict().items() if name != "column_grads"}
@@ -156,7 +156,9 @@ def dkdv_call(
     options: Mapping[str, Any], sums: Sums = ALONE,
 ) -> Call:  # fmt: skip
     """The call of the kernel that fills `result.dk`, `result.dv` or `sums`, and what `collection` has for columns."""
-    made = _functions(problem, collection.methods)._replace(row_grads=None, tile_grads=None)
+    made = _functions(problem, options_of(options, forward=False), collection.methods)._replace(
+        row_grads=None, tile_grads=None
+    )
     matrices = {"q": problem.query, "k": problem.key, "v": problem.value, "dout": dout}
     matrices |= {"dk": result.dk if sums.dk is None else sums.dk, "dv": result.dv if sums.dv is None else sums.dv}
     arguments: dict[str, Any] = {"lse": lse, "delta": delta, "splits": sums.splits, "dq_sum": sums.dq}
@@ -287,10 +289,11 @@ def _call(
     )
 
 
-def _functions(problem: Problem, methods: Methods = ()) -> Jitted:
+def _functions(problem: Problem, options: Mapping[str, Any], methods: Methods = ()) -> Jitted:
     wide = tuple(i for i, t in enumerate(problem.tensors) if max(_reach(t), t.numel()) > FARTHEST)
     far = max(problem.query.shape[2], problem.key.shape[2]) > NEAR
-    return _functions_of(problem.variant, methods, wide, far)
+    fast_tanh = bool(options.get("FAST_TANH")) and torch.version.hip is None and not interpreted()
+    return _functions_of(problem.variant, methods, wide, far, fast_tanh)
 
 
 @lru_cache(maxsize=4096)
@@ -302,8 +305,8 @@ def _shape(**values: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _functions_of(variant: Variant, methods: Methods, wide: tuple[int, ...], far: bool) -> Jitted:
-    return jitted(functions(variant, methods, wide, far=far))
+def _functions_of(variant: Variant, methods: Methods, wide: tuple[int, ...], far: bool, fast_tanh: bool) -> Jitted:
+    return jitted(functions(variant, methods, wide, far=far, fast_tanh=fast_tanh))
 
 
 def captured_arguments(

@@ -148,3 +148,27 @@ def test_only_arbitrary_indices_need_atomics(tmp_path: Path) -> None:
         sums = record["collected"] == {"backward_dq": "row", "backward_dkdv": "column"}[record["kernel"]]
         if sums:  # a row is summed by shuffles between four lanes, and nothing is stored in a loop
             assert 0 < record["shuffles"] <= 16 and record["stores"] == 0, record
+
+
+FAST_TANH = """
+import torch
+from flexattn import mods
+from flexattn.backends import triton as backend
+from flexattn.backends.launch import choose
+from flexattn.backends.survey import calls
+from flexattn.backends.target import compiling_for, named
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import trace
+own = backend._functions
+target = named("sm_90")
+for fast in (False, True):
+    backend._functions = lambda problem, options, *rest: own(problem, {"FAST_TANH": fast}, *rest)
+    for call in calls(variant(trace(mods.softcap(20.0), None).program), [20.0], [], torch.float16, 64, "cpu")[:3]:
+        with compiling_for(target):
+            print(choose(call, target).kernel.asm["ptx"].count("tanh.approx.f32"))
+"""
+
+
+def test_fast_tanh_is_one_instruction(tmp_path: Path) -> None:
+    exact, fast = (counts := list(map(int, run("-c", FAST_TANH, cache=tmp_path).split())))[:3], counts[3:]
+    assert exact == [0, 0, 0] and len(fast) == 3 and min(fast) > 0

@@ -172,3 +172,10 @@ def test_options_survive_the_text_that_operators_take() -> None:
 def test_a_value_that_an_option_cannot_take_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_kernel_options(options)
+
+
+@pytest.mark.parametrize("name", ["fwd_FAST_TANH", "bwd_FAST_TANH"])
+def test_forward_and_backward_take_the_same_tanh(name: str) -> None:
+    with pytest.raises(ValueError, match="the backward computes the scores of the forward again"):
+        check_kernel_options({name: True})
+    assert check_kernel_options({"FAST_TANH": True}) == {"FAST_TANH": True}

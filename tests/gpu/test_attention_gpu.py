@@ -196,3 +196,21 @@ def test_pinned_tiles_change_no_result() -> None:
     tiles = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
     options = {**tiles, "num_warps": 4, "num_stages": 2}
     assert_right(Case(*qkv(1, H, L=515), **learned_alibi(), options=options))
+
+
+def test_fast_tanh_is_as_exact_as_its_instruction() -> None:
+    q, k, v = qkv(L=500)
+    cap = 5.0
+    mod = mods.softcap(cap)
+    exact, fast = (
+        flex_attention(q, k, v, mod, return_lse=True, kernel_options={"FAST_TANH": f})[1] for f in (False, True)
+    )
+    error = (exact - fast).abs().max().item()
+    assert 0 < error <= cap * 2**-10, "scores differ by 2^-11 of the cap at most, and so does lse"
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    results = []
+    for option in (False, True):
+        out = flex_attention(*leaves, mod, kernel_options={"FAST_TANH": option})
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)

@@ -75,8 +75,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "FAST_TANH": Option(
         "bool",
-        "tanh in a mod, of a softcap for example, is the GPU's own instruction, with a relative error of 2^-11, as small as the "
-        "rounding of 16-bit inputs; without effect on AMD and in the interpreter",
+        "tanh in a mod, of a softcap for example, is the GPU's own instruction, with a relative error of 2^-11, as small as "
+        "the rounding of 16-bit inputs; without effect on AMD and in the interpreter",
     ),
     "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
     "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
@@ -114,8 +114,8 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
             )
         if bare == "FAST_TANH" and name != bare:
             raise ValueError(
-                f"kernel option {name!r} has no meaning: the backward computes the scores of the forward again, by the same tanh; "
-                "write 'FAST_TANH'"
+                f"kernel option {name!r} has no meaning: the backward computes the scores of the forward again, by the same "
+                "tanh; write 'FAST_TANH'"
             )
         if name == "fwd_DETERMINISTIC":
             raise ValueError(

@@ -161,9 +161,10 @@ from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
 own = backend._functions
 target = named("sm_90")
+program, captured, ints = trace(mods.softcap(20.0), None)
 for fast in (False, True):
     backend._functions = lambda problem, options, *rest: own(problem, {"FAST_TANH": fast}, *rest)
-    for call in calls(variant(trace(mods.softcap(20.0), None).program), [20.0], [], torch.float16, 64, "cpu")[:3]:
+    for call in calls(variant(program), captured, ints, torch.float16, 64, "cpu")[:3]:
         with compiling_for(target):
             print(choose(call, target).kernel.asm["ptx"].count("tanh.approx.f32"))
 """

@@ -99,7 +99,7 @@ def functions(
 
     def collector(role: str, *which: Method) -> Function | None:
         pairs = zip(variant.derivative.loads, methods, strict=False)
-        found = [_Collected(load, *near([grad]), method) for (load, grad), method in pairs if method in which]
+        found = [_Collected(load, near([grad])[0], method) for (load, grad), method in pairs if method in which]
         return printer(role).collect(found) if found else None
 
     grad_function = None

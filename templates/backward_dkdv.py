@@ -13,7 +13,7 @@ from .block_walk import find_row, masked_tile, plain_tile, tile_bounds, tile_cou
 from .gradient import load_row_statistics, score_gradients
 from .launch_order import work_of_program
 from .memory import add_rows, load_tile, rows_of, slice_of, store_tile
-from .names import kernel_name
+from .names import COUNTS, kernel_name
 from .product import product, product_transposed, scaled, transposed_product, zeros
 from .scores import log2_factor
 
@@ -74,7 +74,7 @@ def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, 
     return dk_acc, dv_acc, sums
 
 
-@triton.jit(repr=kernel_name("attention_backward_dkdv"))
+@triton.jit(repr=kernel_name("attention_backward_dkdv"), do_not_specialize=COUNTS)
 def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, do_tma, dq_tma, q_rest, k_rest,
                             v_rest, do_rest, dq_rest, lse, delta, lists, order,
                             captured, column_sums, L, S, rows, heads, group_size, heads_at_once, sharing, batches, splits,

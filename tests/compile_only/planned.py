@@ -276,7 +276,9 @@ def test_the_number_of_tiles_makes_no_other_kernel() -> None:
 
     def call(L: int, batch: int) -> list[int]:
         case = Case(L, kernel_options={"ONE_PASS": False, "BLOCK_M": 64, "BLOCK_M2": 64, "BLOCK_N1": 64})
-        case.q, case.k, case.v = (torch.randn(batch, 4, L, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        case.q, case.k, case.v = (
+            torch.randn(batch, 4, L, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        )
         case.call()
         return [sum(len(made[0]) for made in kernel.device_caches.values()) for kernel in kernels]
 

@@ -8,6 +8,7 @@ other way of doing the same, so never a wrong result in silence.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -137,6 +138,18 @@ def watched() -> bool:
     return bool(
         _profiling() or _function_modes() or _dispatch_modes() or transforms_are_active() or torch.jit.is_tracing()
     )
+
+
+def warms_up_for_a_graph(device: torch.device) -> bool:
+    """Whether this runs on the stream of torch.compile's CUDA graphs, whose memory must be free again after each run."""
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")  # not there before the first such graph
+    if trees is None:
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # a thread that has none
+        return False
+    return manager is not None and bool(manager.stream == torch.cuda.current_stream(device))
 
 
 def only_calls_forward(module: torch.nn.Module) -> bool:

@@ -9,7 +9,7 @@ from .memory import load_tile, rows_of
 from .names import kernel_name
 
 
-@triton.jit(repr=kernel_name("attention_delta"))
+@triton.jit(repr=kernel_name("attention_delta"), do_not_specialize=["tiles"])
 def attention_delta(out, dout, dlse, delta, dq_sum, L, rows, heads, tiles, HAS_DLSE: tl.constexpr, D: tl.constexpr,
                     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
                     OFFSET: tl.constexpr):  # fmt: skip

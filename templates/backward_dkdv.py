@@ -13,15 +13,15 @@ from .block_walk import find_row, masked_tile, plain_tile, tile_bounds, tile_cou
 from .gradient import load_row_statistics, score_gradients
 from .launch_order import work_of_program
 from .memory import add_rows, load_tile, rows_of, slice_of, store_tile
-from .names import kernel_name
+from .names import COUNTS, kernel_name
 from .product import product, product_transposed, scaled, transposed_product, zeros
 from .scores import log2_factor
 
 
 @triton.jit
 def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, dq_rest, lse, delta, at,
-                 dq_row, start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod: tl.constexpr,
-                 mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, column_grads: tl.constexpr,
+                 dq_row, rows, start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape,
+                 score_mod: tl.constexpr, mask_mod: tl.constexpr, score_mod_grad: tl.constexpr, column_grads: tl.constexpr,
                  MASKED: tl.constexpr):  # fmt: skip
     """dk (before the scale), dv and the sums plus what the queries from `start_m` on contribute.
 
@@ -67,11 +67,14 @@ def _add_queries(dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, 
             dq_tile = product(ds_low, k_tile, zero, shape.PRECISION)
         else:
             dq_tile = transposed_product(ds_low, k_tile, zero, shape.PRECISION)
-        add_rows(dq_sum, dq_tma, dq_rest, dq_row + start_m, dq_tile, shape.BLOCK_D, shape.REST_D)
+        first = start_m
+        if MASKED:  # the last block may have tiles beyond the buffer: zeros, for rows of the same block
+            first = tl.minimum(start_m, rows - shape.BLOCK_M)
+        add_rows(dq_sum, dq_tma, dq_rest, dq_row + first, dq_tile, shape.BLOCK_D, shape.REST_D)
     return dk_acc, dv_acc, sums
 
 
-@triton.jit(repr=kernel_name("attention_backward_dkdv"))
+@triton.jit(repr=kernel_name("attention_backward_dkdv"), do_not_specialize=COUNTS)
 def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, do_tma, dq_tma, q_rest, k_rest,
                             v_rest, do_rest, dq_rest, lse, delta, lists, order,
                             captured, column_sums, L, S, rows, heads, group_size, heads_at_once, sharing, batches, splits,
@@ -136,15 +139,15 @@ def attention_backward_dkdv(q, k, v, dout, dk, dv, dq_sum, q_tma, k_tma, v_tma, 
             )  # fmt: skip
             dk_acc, dv_acc, sums = _add_queries(
                 dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, dq_rest, lse, delta, at,
-                dq_row, start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod,
+                dq_row, rows, start_m, stop_m, is_full, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod,
                 score_mod_grad, column_grads, True,
             )  # fmt: skip
         for i in tl.range(0, plain_tiles):
             start_m = plain_tile(full, i, shape.SPARSE_Q, shape.BLOCK_M, shape.LISTED, shape.CONTIGUOUS)
             dk_acc, dv_acc, sums = _add_queries(
                 dk_acc, dv_acc, sums, k_tile, v_tile, q, dout, queries, douts, dq_sum, dq_tma, dq_rest, lse, delta, at,
-                dq_row, start_m, L, True, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod, score_mod_grad,
-                column_grads, False,
+                dq_row, rows, start_m, L, True, offs_n, b, h, scale, factor, captured, shape, score_mod, mask_mod,
+                score_mod_grad, column_grads, False,
             )  # fmt: skip
         for i in tl.static_range(COLUMNS):
             tl.store(column_sums[i] + bh * S + offs_n, sums[i], mask=offs_n < stop_n)

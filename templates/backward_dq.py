@@ -9,7 +9,7 @@ from .block_walk import find_row, masked_tile, plain_tile, tile_bounds, tile_cou
 from .gradient import load_row_statistics, score_gradients
 from .launch_order import work_of_program
 from .memory import load_tile, rows_of, slice_of, store_tile
-from .names import kernel_name
+from .names import COUNTS, kernel_name
 from .product import product, product_transposed, scaled, zeros
 from .scores import log2_factor
 
@@ -44,7 +44,7 @@ def _add_keys(dq_acc, sums, q_tile, do_tile, lse_i, delta_i, k, v, keys, values,
     return product(ds.to(k_tile[0].dtype), k_tile, dq_acc, shape.PRECISION), sums
 
 
-@triton.jit(repr=kernel_name("attention_backward_dq"), do_not_specialize=["first", "first_line", "slots"])
+@triton.jit(repr=kernel_name("attention_backward_dq"), do_not_specialize=[*COUNTS, "first", "first_line", "slots"])
 def attention_backward_dq(q, k, v, dout, dq, q_tma, k_tma, v_tma, do_tma, q_rest, k_rest, v_rest, do_rest, lse, delta,
                           lists, order, captured, row_sums, dcaptured, first, first_line, slots, L, S, heads, group_size,
                           heads_at_once, batches, tiles, scale, shape, score_mod: tl.constexpr, mask_mod: tl.constexpr,

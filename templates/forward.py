@@ -8,7 +8,7 @@ import triton.language as tl
 from .block_walk import find_row, first_tile, masked_tile, plain_tile, tile_bounds, tile_counts
 from .launch_order import work_of_program
 from .memory import load_tile, rows_of, slice_of, store_tile
-from .names import kernel_name
+from .names import COUNTS, kernel_name
 from .online_softmax import row_statistics, softmax_step
 from .product import product, product_transposed, scaled, zeros
 from .scores import attended, log2_factor, modified_scores
@@ -53,7 +53,7 @@ def _attend(acc, m_i, l_i, p_before, before, q_tile, k, v, keys, values, start_n
         return acc, m_i, l_i, p, start_n
 
 
-@triton.jit(repr=kernel_name("attention_forward"))
+@triton.jit(repr=kernel_name("attention_forward"), do_not_specialize=COUNTS)
 def attention_forward(q, k, v, out, q_tma, k_tma, v_tma, q_rest, k_rest, v_rest, lse, max_scores, lists, order, captured, L,
                       S, heads, group_size, heads_at_once, batches, tiles, scale, shape, score_mod: tl.constexpr,
                       mask_mod: tl.constexpr):  # fmt: skip

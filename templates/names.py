@@ -17,3 +17,8 @@ def kernel_name(kernel: str) -> Callable[[Any], str]:
         return "_".join([kernel, *(f.fn.__name__ for f in functions if f is not None)])
 
     return name
+
+
+# Numbers of `work_of_program`, which change with lengths and batches: a kernel for those that are 1, and those that 16
+# divides, would be compiled anew without being faster.
+COUNTS = ("heads_at_once", "batches", "tiles")

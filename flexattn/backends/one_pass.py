@@ -14,7 +14,7 @@ from ..config import prefers_one_pass
 from ..problem import Problem
 from . import work_order
 from .collection import is_deterministic
-from .products import padded, pieces, precision_of, product_of
+from .products import pieces, precision_of, product_of
 from .target import Target, current, interpreted
 
 ROWS = 128  # of dQ's buffer are a multiple of this, and so of every tile
@@ -99,17 +99,17 @@ def in_one_pass_or_two(problem: Problem, methods: Methods, options: Mapping[str,
         return [False]
     if wanted is not None:
         return [bool(wanted)]
-    preferred = one_pass_is_faster(problem)
+    preferred = one_pass_is_faster(problem, options.get("PIECES", True))
     return [preferred, not preferred] if options.get("AUTOTUNE") else [preferred]
 
 
-def one_pass_is_faster(problem: Problem) -> bool:
-    """What the table of configurations says for the current device."""
+def one_pass_is_faster(problem: Problem, in_pieces: bool = True) -> bool:
+    """What the table of configurations says for the device of the operands."""
     if interpreted() or problem.query.device.type != "cuda":
         return False
     target = _target(problem.query.device)
     query, precision = problem.query, precision_of(problem.query)
-    width = max(padded(query.shape[-1]), padded(problem.value.shape[-1]))
+    width = max(pieces(n, in_pieces).columns for n in (query.shape[-1], problem.value.shape[-1]))
     return prefers_one_pass(target.backend, target.arch, product_of(query, precision), width)
 
 

@@ -244,15 +244,16 @@ def _call(
                 keys = work_order.KeyTiles(columns, group, sharing, splits) if by_key else None
                 order = work_order.longest_first(problem.block_mask, tiles, inner, keys)
         tma = config.tma and by_tma and SPARSE_Q % BLOCK_M == 0 and SPARSE_KV % BLOCK_N == 0
+        # All tiles or none: what is added one tile late has to read as zero beyond the end.
+        tma = tma and max(BLOCK_M, BLOCK_N, widths[D].width, widths[DV].width) <= LARGEST_BOX
         sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
         upright = config.upright and made.column_grads is None
         shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma, UPRIGHT=upright)
         found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
         for name in read:
             rows, parts = (BLOCK_N if name in "kv" else BLOCK_M), widths[matrices[name].shape[-1]]
-            fitting = tma and rows <= LARGEST_BOX and parts.width <= LARGEST_BOX
             for place, width in zip(TMA[name], parts, strict=True):
-                found[place] = tile_descriptor(arguments[name].ptr, rows, width) if fitting and width else None
+                found[place] = tile_descriptor(arguments[name].ptr, rows, width) if tma and width else None
         if by_key:
             dq_sum = arguments["dq_sum"]
             by_descriptor = tma and dq_sum is not None and not interpreted()  # where it cannot add
@@ -262,7 +263,7 @@ def _call(
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
-    key_of_choice += (by_tma, splits > 1)
+    key_of_choice += (by_tma, splits > 1, *widths.values())
     compiler_options = _amd_options(options) if torch.version.hip else {}
     facts = {
         "pass": which,
@@ -270,6 +271,7 @@ def _call(
         "contiguous": constants["CONTIGUOUS"],
         "tma": by_tma,
         "splits": splits,
+        "pieces": str([tuple(w) for w in widths.values()]),
     }
     facts["compiler"] = options_text(compiler_options)
     fixed = pinned(which, options)

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from flexattn.backends import captured_gradients, plans
 from flexattn.block_mask import BlockMask
+from flexattn.templates.backward_delta import attention_delta
+from flexattn.templates.backward_dkdv import attention_backward_dkdv
+from flexattn.templates.backward_dq import attention_backward_dq
+from flexattn.templates.forward import attention_forward
 
 
 @pytest.fixture(autouse=True)
@@ -264,3 +268,19 @@ def test_a_tensor_of_a_mode_goes_the_whole_way() -> None:
         case.call()
     assert counter.get_total_flops() > 0
     assert plans.plan_info().hits == before.hits + 2  # the mode counts operators, and does not look inside
+
+
+def test_the_number_of_tiles_makes_no_other_kernel() -> None:
+    """Lengths of one remainder by 16 share their kernels, whether 16 divides the tiles and the batches or not."""
+    kernels = attention_forward, attention_delta, attention_backward_dq, attention_backward_dkdv
+
+    def call(L: int, batch: int) -> list[int]:
+        case = Case(L, kernel_options={"ONE_PASS": False, "BLOCK_M": 64, "BLOCK_M2": 64, "BLOCK_N1": 64})
+        case.q, case.k, case.v = (
+            torch.randn(batch, 4, L, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        )
+        case.call()
+        return [sum(len(made[0]) for made in kernel.device_caches.values()) for kernel in kernels]
+
+    # 4, 16 and 1 tiles
+    assert call(200, 2) == call(1016, 2) == call(200, 16) == call(200, 1) == call(24, 2)

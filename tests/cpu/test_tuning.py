@@ -116,3 +116,8 @@ def test_the_option_is_a_bool_with_the_usual_prefixes() -> None:
         check_kernel_options({"AUTOTUNE": 1})
     assert situation(fwd_AUTOTUNE=False).tuning is None
     assert situation(AUTOTUNE=False, fwd_AUTOTUNE=True).tuning is not None
+
+
+def test_tiles_in_pieces_have_choices_of_their_own() -> None:
+    assert facts(D=80) != facts(D=80, PIECES=False)
+    assert situation(D=80).key != situation(D=80, PIECES=False).key

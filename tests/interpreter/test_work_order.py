@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexattn import create_block_mask, flex_attention, masks
-from flexattn.backends import work_order
+from flexattn.backends import one_pass, work_order
 from flexattn.backends.one_pass import in_one_pass_or_two
+from flexattn.backends.target import Target
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
 from flexattn.problem import Problem
@@ -128,3 +130,20 @@ def test_both_ways_are_compared_only_on_request() -> None:
     assert in_one_pass_or_two(problem, (), {"AUTOTUNE": True, "ONE_PASS": True}) == [True]
     assert in_one_pass_or_two(problem, ("row",), {"AUTOTUNE": True}) == [False]
     assert in_one_pass_or_two(problem, ("column",), {"AUTOTUNE": True}) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "D, options, expected",
+    [(64, {}, True), (72, {}, True), (80, {}, True), (80, {"PIECES": False}, False), (96, {}, False), (128, {}, False)],
+)
+def test_one_pass_is_the_default_of_head_dimensions_whose_tiles_fit(
+    D: int, options: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the columns that are multiplied: 80 are 64 and 16."""
+    monkeypatch.setattr(one_pass, "interpreted", lambda: False)
+    monkeypatch.setattr(one_pass, "_target", lambda device: Target("cuda", 90, 232448))
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 256, D, dtype=torch.bfloat16, device="cuda:0")
+    problem = Problem(q, q, q, [], [], [], (128, 128), variant(trace(None, None).program), 0.25)
+    monkeypatch.setattr("flexattn.backends.products.interpreted", lambda: False)
+    assert in_one_pass_or_two(problem, (), options) == [expected]

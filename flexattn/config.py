@@ -78,7 +78,9 @@ RECOMMENDED: dict[tuple[Pass, str, Product], dict[int, KernelConfig]] = {
     ("dkdv", "datacenter", "half"): {64: _C(64, 128, 8, 2), 128: _C(64, 64, 8, 2), 256: _C(32, 64, 8, 1)},
     ("dkdv", "consumer", "half"): {64: _C(64, 64, 4, 2), 128: _C(32, 64, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "amd", "half"): {64: _C(64, 64, 4, 1), 128: _C(32, 64, 4, 1), 256: _C(16, 32, 4, 1)},
-    ("one_pass", "hopper", "half"): {80: _C(64, 128, 8, 2)},  # at 96 and more, tiles of this size spill
+    ("one_pass", "hopper", "half"): {
+        80: _C(64, 128, 8, 2)
+    },  # at 96 and more, this tile spills; whether others are worth it is to be measured
     ("forward", "any", "tf32"): {64: _C(64, 64, 8, 2), 128: _C(32, 64, 4, 2), 256: _C(32, 32, 4, 2)},
     ("dq", "any", "tf32"): {64: _C(64, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 32, 4, 1)},
     ("dkdv", "any", "tf32"): {64: _C(32, 32, 4, 2), 128: _C(32, 32, 4, 2), 256: _C(16, 16, 4, 1)},

@@ -39,8 +39,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "DETERMINISTIC": Option(
         "bool",
-        "gradients of captured tensors that are read at arbitrary indices are the same bits in every run: stored and "
-        "sorted, instead of added by atomics; so they are under torch.use_deterministic_algorithms(True)",
+        "the backward gives the same bits in every run: it has two passes, and gradients of captured tensors that are read "
+        "at arbitrary indices are stored and sorted, instead of added by atomics; the same as under "
+        "torch.use_deterministic_algorithms(True)",
     ),
     "AUTOTUNE": Option(
         "bool",
@@ -49,8 +50,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "USE_TMA": Option(
         "bool",
-        "tiles are loaded by the tensor memory accelerator, where strides and alignment permit; on by itself on Hopper "
-        "for 16-bit types",
+        "tiles are loaded by the tensor memory accelerator, where strides and alignment permit; on by itself for compute "
+        "capability 9.0, 10.0 and 10.3 and 16-bit types",
     ),
     "OVERLAP": Option(
         "bool", "the forward adds values one tile late, so that a softmax overlaps a product; only where TMA is used"
@@ -66,12 +67,14 @@ OPTIONS: dict[str, Option] = {
     ),
     "ONE_PASS": Option(
         "bool",
-        "the backward computes dQ with dK and dV in one kernel, added by atomics: faster, and not the same bits in every run",
+        "the backward computes dQ with dK and dV in one kernel, added by atomics, in an order that differs from run to run; on "
+        "by itself for compute capability 9.0, 10.0 and 10.3, 16-bit types and head dimensions up to 80, but not where learned "
+        "tensors are read by head, row or element",
     ),
     "WARP_SPECIALIZED": Option(
         "bool",
-        "the forward runs the warp-specialised kernel for GPUs of compute capability 9.0, an error where it cannot; off by "
-        "default, since it has not been measured on a GPU",
+        "the forward runs the warp-specialised kernel for GPUs of compute capability 9.0, an error on a GPU where it cannot; "
+        "off by default, since it has not been measured on a GPU",
     ),
     "FAST_TANH": Option(
         "bool",
@@ -90,6 +93,20 @@ OPTIONS: dict[str, Option] = {
 }
 _TILES = frozenset(name for name, option in OPTIONS.items() if option.kind == _TILE)
 PREFIXES = ("fwd_", "bwd_")
+_FORWARD, _BACKWARD = "it is about the forward alone", "it is about the backward alone"
+_MEANINGLESS = {
+    "fwd_FAST_TANH": "the backward computes the scores of the forward again, by the same tanh",
+    "bwd_FAST_TANH": "the backward computes the scores of the forward again, by the same tanh",
+    "fwd_DETERMINISTIC": "it is the backward that may differ from run to run",
+    "bwd_WARP_SPECIALIZED": "only the forward has such a kernel",
+    "bwd_OVERLAP": _FORWARD,
+    "fwd_UPRIGHT": _BACKWARD,
+    "fwd_ONE_PASS": _BACKWARD,
+}
+_CONTRADICTIONS = (
+    ("ONE_PASS", "DETERMINISTIC", True, "one pass adds to dQ by atomics, in an order that differs from run to run"),
+    ("OVERLAP", "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"),
+)
 
 
 def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -112,24 +129,17 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"kernel option {name!r} has no meaning: BLOCK_M and BLOCK_N are tiles of the forward, BLOCK_M1 and BLOCK_N1 "
                 "of the backward's dK/dV pass, BLOCK_M2 and BLOCK_N2 of its dQ pass"
             )
-        if bare == "FAST_TANH" and name != bare:
-            raise ValueError(
-                f"kernel option {name!r} has no meaning: the backward computes the scores of the forward again, by the same "
-                "tanh; write 'FAST_TANH'"
-            )
-        if name == "fwd_DETERMINISTIC":
-            raise ValueError(
-                f"kernel option {name!r} has no meaning: it is the backward that may differ from run to run; write "
-                "'DETERMINISTIC' or 'bwd_DETERMINISTIC'"
-            )
-        if name == "bwd_WARP_SPECIALIZED":
-            raise ValueError(
-                f"kernel option {name!r} has no meaning: only the forward has such a kernel; write 'WARP_SPECIALIZED'"
-            )
+        if name != bare and name in _MEANINGLESS:
+            raise ValueError(f"kernel option {name!r} has no meaning: {_MEANINGLESS[name]}; write {bare!r}")
         kind = OPTIONS[bare].kind
         if not _fits(kind, value):
             allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
             raise ValueError(f"kernel option {name!r} is {value!r}; it must be {allowed}")
+    for forward in (True, False):
+        said = options_of(options, forward)
+        for name, other, against, why in _CONTRADICTIONS:
+            if said.get(name) is True and said.get(other) is against:
+                raise ValueError(f"kernel options {name}=True and {other}={against}: {why}; leave one of them out")
     return dict(options)
 
 

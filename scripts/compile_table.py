@@ -59,7 +59,11 @@ def table(records: list[dict]) -> str:
     """The records as text."""
     head = ["target", "D", "variant", "pass", "config", "registers", "spilled", "shared", "matrix", "seconds"]
     lines = [head] + [
-        [str(r[h]).replace("attention_", "").replace("BLOCK_", "").replace("num_", "") for h in head] for r in records
+        [
+            str(r[h]).replace("attention_", "").replace("BLOCK_", "").replace("num_", "").replace(" products", "")
+            for h in head
+        ]
+        for r in records
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

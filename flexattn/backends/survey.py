@@ -21,6 +21,7 @@ from .target import Target, compiling_for, current
 from .triton import Forward, dkdv_call, dq_call, forward_call
 
 HEADS, LENGTH = 8, 4096
+ONE_PASS = {"one_pass": ("dQ in the same pass, added in any order",)}
 PRODUCTS = {"half": "16-bit products", "tf32": "TF32 products", "ieee": "float32 products"}
 
 
@@ -65,9 +66,13 @@ def survey(
         for call in possible:
             start = time.perf_counter()
             chosen = choose(call, target)
-            c, shape = chosen.config, call.shaped(chosen.config)["shape"]
+            c, shaped = chosen.config, call.shaped(chosen.config)
+            shape = shaped["shape"]
             tile = f"BLOCK_M={shape.BLOCK_M.value}, BLOCK_N={shape.BLOCK_N.value}"
             words = f"{tile}, num_warps={c.num_warps}, num_stages={c.num_stages}, {PRODUCTS[call.product]}"
+            switches = {"by TMA": "k_tma" in shaped and shaped["k_tma"] is not None}
+            switches |= {"values a tile late": shape.OVERLAP.value, "queries as rows": shape.UPRIGHT.value}
+            words = ", ".join([words, *(name for name, on in switches.items() if on), *ONE_PASS.get(call.which, ())])
             name = call.kernel.fn.__name__
             found.append(
                 Compiled(name, call.which, words, chosen.resources, time.perf_counter() - start, chosen.kernel)

@@ -20,15 +20,20 @@ def slice_of(matrix, b, h):
 
 @triton.jit
 def rows_of(matrix, descriptor, rest, b, h):
-    """One batch entry and head, as `load_tile` takes it: a pointer, or descriptors and the first two of their indices.
+    """One batch entry and head, as `load_tile` takes it: a pointer, or the first two indices of descriptors, and these.
 
-    `descriptor` reads the first piece of columns, and `rest` the second, if there is one.
+    `descriptor` reads the first piece of columns, and `rest` the second, if there is one. What there is not is left out:
+    Triton 3.6 has no None among results.
     """
     if descriptor is None:
-        return slice_of(matrix, b, h), None, None, 0, 0
+        return (slice_of(matrix, b, h),)
     else:
         # An axis that is shared has one entry in the descriptor.
-        return matrix.ptr, descriptor, rest, tl.where(matrix.stride_b == 0, 0, b), tl.where(matrix.stride_h == 0, 0, h)
+        at_b, at_h = tl.where(matrix.stride_b == 0, 0, b), tl.where(matrix.stride_h == 0, 0, h)
+        if rest is None:
+            return at_b, at_h, descriptor
+        else:
+            return at_b, at_h, descriptor, rest
 
 
 @triton.jit
@@ -41,20 +46,20 @@ def load_tile(source, matrix, start, stop, ROWS: tl.constexpr, COLUMNS: tl.const
     by the matrix's end instead. OFFSET is the type of offsets inside a tile.
     """
     if REST == 0:
-        return (_load_piece(source, source[1], matrix, start, stop, ROWS, COLUMNS, WIDTH, 0, BOUNDED, OFFSET),)
+        return (_load_piece(source, 2, matrix, start, stop, ROWS, COLUMNS, WIDTH, 0, BOUNDED, OFFSET),)
     else:
         return (
-            _load_piece(source, source[1], matrix, start, stop, ROWS, COLUMNS, WIDTH, 0, BOUNDED, OFFSET),
-            _load_piece(source, source[2], matrix, start, stop, ROWS, COLUMNS, REST, WIDTH, BOUNDED, OFFSET),
+            _load_piece(source, 2, matrix, start, stop, ROWS, COLUMNS, WIDTH, 0, BOUNDED, OFFSET),
+            _load_piece(source, 3, matrix, start, stop, ROWS, COLUMNS, REST, WIDTH, BOUNDED, OFFSET),
         )
 
 
 @triton.jit
-def _load_piece(source, descriptor, matrix, start, stop, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-                FIRST: tl.constexpr, BOUNDED: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
-    """The columns from FIRST on, which are WIDTH."""
-    if descriptor is not None:
-        return descriptor.load([source[3], source[4], start, FIRST]).reshape([ROWS, WIDTH])
+def _load_piece(source, PLACE: tl.constexpr, matrix, start, stop, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                WIDTH: tl.constexpr, FIRST: tl.constexpr, BOUNDED: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """The columns from FIRST on, which are WIDTH; PLACE is that of their descriptor, if there are any."""
+    if len(source) > 1:
+        return source[PLACE].load([source[0], source[1], start, FIRST]).reshape([ROWS, WIDTH])
     else:
         rows, columns = tl.arange(0, ROWS), FIRST + tl.arange(0, WIDTH)
         # One 64-bit scalar that changes with the tile, and offsets that a loop can keep.

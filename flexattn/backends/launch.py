@@ -123,7 +123,8 @@ def run(call: Call, config: KernelConfig) -> None:
                 kernel = call.kernel[(grid,)](**arguments, **_options(call, config))
                 recording.launched(call.kernel, kernel, grid, arguments)
         except (CompilationError, InterpreterError) as error:
-            raise explained(error) from error
+            found = explained(error)
+            raise found from (error.__cause__ if found is error else error)
 
 
 def _options(call: Call, config: KernelConfig) -> dict[str, Any]:
@@ -214,7 +215,8 @@ def compiled(call: Call, config: KernelConfig) -> Any:
     try:
         return call.kernel.run(grid=(1,), warmup=True, **call.arguments, **shaped, **more, **_options(call, config))
     except CompilationError as error:
-        raise explained(error) from error
+        found = explained(error)
+        raise found from (error.__cause__ if found is error else error)
 
 
 def explained(error: BaseException) -> Exception:

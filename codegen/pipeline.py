@@ -41,6 +41,12 @@ class Variant:
         return self.unscaled.op is not Op.INPUT
 
     @cached_property
+    def gathers(self) -> bool:
+        """Whether every element of a tile reads a captured tensor at a place of its own, which takes many registers."""
+        roots = (self.score,) if self.mask is None else (self.score, self.mask)
+        return any(n.op is Op.LOAD and {"q_idx", "kv_idx"} <= n.axes for n in walk(*roots))
+
+    @cached_property
     def doubles(self) -> frozenset[object]:
         """The numbers of the run-time floats that are read as float64."""
         roots = (self.score,) if self.mask is None else (self.score, self.mask)

@@ -126,11 +126,17 @@ def family(backend: str, arch: int | str) -> str:
 
 
 def chain(
-    which: Pass, backend: str, arch: int | str, product: Product, head_dim: int, pinned: Pinned = FREE
+    which: Pass,
+    backend: str,
+    arch: int | str,
+    product: Product,
+    head_dim: int,
+    pinned: Pinned = FREE,
+    ahead: bool = True,
 ) -> tuple[KernelConfig, ...]:
     """Configurations to try, in order. `head_dim` is the larger of the two padded head dimensions.
 
-    What is pinned is the same in all of them.
+    What is pinned is the same in all of them. `ahead`: whether to begin with those that need most registers.
     """
     place = which, family(backend, arch) if product == "half" else "any", product
     rows = RECOMMENDED.get(place) or RECOMMENDED["dkdv", place[1], product]
@@ -141,7 +147,7 @@ def chain(
     candidates = [first, first._replace(num_stages=min(first.num_stages, stages)), *smaller]
     if which in BY_KEY:  # the program's own side is the keys'
         candidates[2:] = [c._replace(BLOCK_M=c.BLOCK_N, BLOCK_N=c.BLOCK_M) for c in smaller]
-    candidates[:0] = AHEAD.get(place, {}).get(row, ())
+    candidates[:0] = AHEAD.get(place, {}).get(row, ()) if ahead else ()
     by_tma = family(backend, arch) == "hopper" and product == "half"
     fixed = {name: value for name, value in pinned._asdict().items() if value is not None}
     return tuple(dict.fromkeys(c._replace(**{"tma": by_tma, **fixed}) for c in candidates))

@@ -103,9 +103,15 @@ _MEANINGLESS = {
     "fwd_UPRIGHT": _BACKWARD,
     "fwd_ONE_PASS": _BACKWARD,
 }
-_CONTRADICTIONS = (
-    ("ONE_PASS", "DETERMINISTIC", True, "one pass adds to dQ by atomics, in an order that differs from run to run"),
-    ("OVERLAP", "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"),
+_CONTRADICTIONS = (  # an option, whether it is the forward's, and the other that it contradicts
+    (
+        "ONE_PASS",
+        False,
+        "DETERMINISTIC",
+        True,
+        "one pass adds to dQ by atomics, in an order that differs from run to run",
+    ),
+    ("OVERLAP", True, "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"),
 )
 
 
@@ -135,11 +141,10 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if not _fits(kind, value):
             allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
             raise ValueError(f"kernel option {name!r} is {value!r}; it must be {allowed}")
-    for forward in (True, False):
+    for name, forward, other, against, why in _CONTRADICTIONS:
         said = options_of(options, forward)
-        for name, other, against, why in _CONTRADICTIONS:
-            if said.get(name) is True and said.get(other) is against:
-                raise ValueError(f"kernel options {name}=True and {other}={against}: {why}; leave one of them out")
+        if said.get(name) is True and said.get(other) is against:
+            raise ValueError(f"kernel options {name}=True and {other}={against}: {why}; leave one of them out")
     return dict(options)
 
 

@@ -62,6 +62,7 @@ class Call(NamedTuple):
         prepare: brings the buffers that the kernel adds to into the state it needs. Runs before every run of the call.
         outputs: the tensors that a run has written.
         tuning: None where the first configuration that fits is taken.
+        ahead: whether configurations that need many registers are tried first, see `config.AHEAD`.
     """
 
     kernel: Any
@@ -80,6 +81,7 @@ class Call(NamedTuple):
     prepare: Callable[[], object] | None = None
     outputs: Callable[[], Sequence[Tensor]] = tuple
     tuning: Tuning | None = None
+    ahead: bool = True
 
 
 class Chosen(NamedTuple):
@@ -167,7 +169,7 @@ def _search(call: Call, target: Target, loads: bool) -> Chosen:
     best: Chosen | None = None
     tried = 0
     needed: list[int] = []
-    table = chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned)
+    table = chain(call.which, target.backend, target.arch, call.product, call.head_dim, call.pinned, call.ahead)
     for config in call.configurations or table:
         least = least_shared_memory(call.which, config, call.row_bytes)
         if least > target.shared_memory:

@@ -93,7 +93,7 @@ def in_one_pass_or_two(problem: Problem, methods: Methods, options: Mapping[str,
     if wanted and is_deterministic(options):
         raise ValueError(
             "kernel option ONE_PASS=True adds gradients by atomics, in an order that differs from run to run; leave it out "
-            "with DETERMINISTIC=True or torch.use_deterministic_algorithms(True)"
+            "under torch.use_deterministic_algorithms(True)"
         )
     if not able or is_deterministic(options):
         return [False]

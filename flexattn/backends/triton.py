@@ -284,6 +284,7 @@ def _call(
         row_bytes=row_bytes,
         pinned=fixed,
         arguments=arguments,
+        ahead=not problem.variant.gathers,
         shaped=shaped,
         device=query.device,
         compiler_options=compiler_options,

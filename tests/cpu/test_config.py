@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import trace
 from flexattn.config import (
     AHEAD,
     LADDER,
@@ -56,6 +58,16 @@ def test_what_registers_may_not_allow_is_tried_before_the_recommendation() -> No
         assert configs[: len(ahead)] == tuple(c._replace(tma=True) for c in ahead)
         assert configs[len(ahead)] == RECOMMENDED["forward", "hopper", "half"][head_dim]._replace(tma=True)
         assert all(c.overlap for c in ahead) and not any(c.overlap for c in configs[len(ahead) :])
+        assert chain("forward", "cuda", 90, "half", head_dim, ahead=False) == configs[len(ahead) :]
+
+
+def test_variants_that_gather_do_without_what_they_would_spill_in() -> None:
+    table, ids = torch.zeros(99), torch.zeros(50, dtype=torch.int32)
+    gathering = lambda s, b, h, q_idx, kv_idx: s + table[kv_idx - q_idx + 49]
+    assert variant(trace(gathering, None).program).gathers
+    assert variant(trace(None, lambda b, h, q_idx, kv_idx: table[q_idx * kv_idx] > 0).program).gathers
+    assert not variant(trace(lambda s, b, h, q_idx, kv_idx: s + table[kv_idx], None).program).gathers
+    assert not variant(trace(None, lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx]).program).gathers
 
 
 def test_one_pass_is_preferred_only_where_the_table_has_it() -> None:
@@ -179,3 +191,18 @@ def test_forward_and_backward_take_the_same_tanh(name: str) -> None:
     with pytest.raises(ValueError, match="the backward computes the scores of the forward again"):
         check_kernel_options({name: True})
     assert check_kernel_options({"FAST_TANH": True}) == {"FAST_TANH": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fwd_ONE_PASS": True}, "'fwd_ONE_PASS' has no meaning: it is about the backward alone; write 'ONE_PASS'"),
+        ({"bwd_OVERLAP": True}, "'bwd_OVERLAP' has no meaning: it is about the forward alone; write 'OVERLAP'"),
+        ({"ONE_PASS": True, "bwd_DETERMINISTIC": True}, "ONE_PASS=True and DETERMINISTIC=True: one pass adds to dQ by"),
+        ({"OVERLAP": True, "fwd_USE_TMA": False}, "OVERLAP=True and USE_TMA=False: values are added late only where"),
+    ],
+)
+def test_options_that_mean_nothing_or_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_kernel_options(options)
+    assert check_kernel_options({"OVERLAP": True, "bwd_USE_TMA": False})

@@ -71,15 +71,11 @@ def splits(S: int, kv_heads: int, group: int, where: torch.device) -> int:
     return max(1, min(group, WAVES * device(where).processors // max(1, programs)))
 
 
-def longest_first(
-    block_mask: Sequence[Tensor], tiles: int, tiles_of_block: int, keys: KeyTiles | None = None
-) -> Order | None:
-    """The tiles of each row of the block lists, those whose blocks are most first; None while a CUDA graph is captured.
+def longest_first(block_mask: Sequence[Tensor], tiles: int, tiles_of_block: int, keys: KeyTiles | None = None) -> Order:
+    """The tiles of each row of the block lists, those whose blocks are most first. A CUDA graph sorts them at each replay.
 
     Tiles are those of queries, or if given of `keys`.
     """
-    if block_mask[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a graph may outlive the order, which lives as long as the block mask
     (order,) = step(_order, block_mask, tiles, tiles_of_block, keys)
     many_b, many_h = order.shape[0] > 1, order.shape[1] > 1
     return Order(order, order.stride(0) if many_b else 0, order.stride(1) if many_h else 0)

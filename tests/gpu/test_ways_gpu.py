@@ -75,7 +75,7 @@ def assert_agree(found: Results, expected: Results) -> None:
 
 @pytest.fixture
 def orders() -> Iterator[list[Any]]:
-    """The orders that programs got from here on; None where they have none."""
+    """The orders that programs got from here on."""
     given: list[Any] = []
     longest_first = work_order.longest_first
 
@@ -283,7 +283,7 @@ def test_nan_around_the_operands_reaches_no_result(way: str, E: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_graph_of_forward_and_backward_replays_without_an_order(way: str, orders: list[Any]) -> None:
+def test_a_graph_of_forward_and_backward_sorts_at_each_replay(way: str, orders: list[Any]) -> None:
     case = alibi_case(way, E=64, L=LONG)
     case.block_mask = named(from_40_on, LONG)
     side = torch.cuda.Stream()
@@ -296,7 +296,7 @@ def test_a_graph_of_forward_and_backward_replays_without_an_order(way: str, orde
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed = case.run()
-    assert orders and set(orders) == {None}, "an order lives as long as the block mask, a graph perhaps longer"
+    assert orders and None not in orders, "the same kernels as before the capture"
     for _ in range(3):  # what is added to starts from zero each time
         for t in (case.query, case.key, case.value, case.dout, case.dlse):
             t.copy_(torch.randn_like(t))

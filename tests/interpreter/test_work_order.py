@@ -65,12 +65,12 @@ def test_the_longest_rows_come_first(tiles_of_block: int) -> None:
     mask = create_block_mask(masks.causal_mask, None, None, 300, 300, BLOCK_SIZE=64)
     tiles = 5 * tiles_of_block - (tiles_of_block - 1)  # the last block has one tile
     made = work_order.longest_first(mask.kv_lists(), tiles, tiles_of_block)
-    assert made is not None and (made.stride_b, made.stride_h) == (0, 0)
+    assert (made.stride_b, made.stride_h) == (0, 0)
     blocks = [t // tiles_of_block for t in made.ptr.flatten().tolist()]
     assert sorted(made.ptr.flatten().tolist()) == list(range(tiles))
     assert blocks == sorted(blocks, reverse=True)  # a causal mask's last rows are its longest
     keys = work_order.longest_first(mask.kv_lists(), 5, 1, work_order.KeyTiles(5, 1, 1, 1))
-    assert keys is not None and keys.ptr.flatten().tolist() == [0, 1, 2, 3, 4]
+    assert keys.ptr.flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_heads_whose_lists_differ_have_orders_of_their_own() -> None:
@@ -79,7 +79,7 @@ def test_heads_whose_lists_differ_have_orders_of_their_own() -> None:
 
     mask = create_block_mask(one_head_looks_back, None, 2, 256, 256, BLOCK_SIZE=64)
     made = work_order.longest_first(mask.kv_lists(), 4, 1)
-    assert made is not None and made.stride_h == 4
+    assert made.stride_h == 4
     assert [found[0, h].tolist() for found in [made.ptr] for h in (0, 1)] == [[3, 2, 1, 0], [0, 1, 2, 3]]
 
 
@@ -91,7 +91,6 @@ def test_programs_of_keys_count_the_work_of_all_for_whom_they_work() -> None:
     apart = work_order.longest_first(mask.kv_lists(), 4, 1, work_order.KeyTiles(4, 1, 1, 1))
     group = work_order.longest_first(mask.kv_lists(), 4, 1, work_order.KeyTiles(4, 2, 1, 3))
     shared = work_order.longest_first(mask.kv_lists(), 4, 1, work_order.KeyTiles(4, 2, 2, 3))
-    assert apart is not None and group is not None and shared is not None
     assert apart.ptr.shape[1] == 2 and apart.ptr[0, 1, 0] == 0
     assert group.ptr.flatten().tolist()[:4] == shared.ptr.flatten().tolist() == [0, 1, 2, 3]
 

@@ -155,7 +155,7 @@ CELLS = [
     *cells([2048], ("noop",), WIDE),
     *(cell for shape in ODD for cell in cells([4096], ("causal",), shape)),
 ]
-SMOKE = cells([40], ("causal",), TINY)
+SMOKE = cells([40], ("causal", "noop", "document"), TINY)
 
 
 def cell_name(cell: Cell) -> str:

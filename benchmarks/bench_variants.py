@@ -8,7 +8,7 @@ dq and dkdv are one kernel each; backward is all of it, from delta to the last s
     python benchmarks/bench_variants.py --cells causal D128-S8192   # names that have one of these words
     python benchmarks/bench_variants.py --passes forward --variants default overlap
     python benchmarks/bench_variants.py --target sm_90              # registers and spills alone, without a device
-    TRITON_INTERPRET=1 python benchmarks/bench_variants.py --smoke  # tiny shapes on a CPU, in minutes: does the program itself work
+    TRITON_INTERPRET=1 python benchmarks/bench_variants.py --smoke  # tiny shapes on a CPU, in minutes: does the program work
 
 Kernels are compiled by many processes before anything is timed. TFLOP/s count attended elements alone: 4 * B * Hq * D for
 each in the forward, 2.5 times that in a backward; dq and dkdv are counted with all their products, 1.5 and 2 times that.

@@ -1,0 +1,1 @@
+"""The command line: `flexattn`, or `python -m flexattn`."""

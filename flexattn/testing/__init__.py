@@ -1,0 +1,7 @@
+"""Tools that test a score_mod, a mask_mod or an attention of one's own: against the definition, for leaks, for differences."""
+
+from __future__ import annotations
+
+from .sizes import Sizes
+
+__all__ = ["Sizes"]

@@ -45,10 +45,7 @@ def plot(
         IndexError: for a batch, head or block that the mask does not have.
         ValueError: for arguments of another form.
     """
-    try:
-        import_module("matplotlib")
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install flexattn[plot]") from error
+    need_matplotlib()
     shown = view(mask, batch, head, zoom, max_cells)
     if ax is not None:
         _grid(shown, ax)
@@ -63,6 +60,22 @@ def plot(
         axes[0, 1].set_title(shown.zoom.caption, fontsize="medium")
     figure.suptitle(shown.name)
     return axes[0, 0]
+
+
+def plot_elements(mask: BlockMask, batch: int, head: int, ax: Any, max_cells: int) -> float:
+    """Draw the elements of a mask that is one block; the share of them that is attended."""
+    shown = view(mask, batch, head, (0, 0) if 0 not in mask.seq_lengths else None, max_cells)
+    cells = shown.blocks if shown.zoom is None else shown.zoom.elements
+    _cells(cells, ax, (1, 1))
+    return (cells.full.sum() / cells.things.sum().clamp_min(1)).item()
+
+
+def need_matplotlib() -> None:
+    """Raise `ImportError` that says what to install."""
+    try:
+        import_module("matplotlib")
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install flexattn[plot]") from error
 
 
 def _grid(shown: View, ax: Any) -> None:

@@ -45,7 +45,7 @@ class _Wrapped(NamedTuple):
     """A negative index: in which mod, and where."""
 
     role: str
-    index: int
+    value: int
     at: At
 
 
@@ -143,7 +143,7 @@ class _Checks:
         names, size = self.origin.names(self.problem), self._tensor(load.args[0]).shape[dim]
         index, tensor = inline(load.args[1 + dim], names), inline(load.args[0], names)
         warnings.warn(
-            f"index {found.index} wraps to {found.index + size} in dimension {dim} (size {size}) of captured tensor {tensor}, "
+            f"index {found.value} wraps to {found.value + size} in dimension {dim} (size {size}) of captured tensor {tensor}, "
             f"read as {inline(load, names)} at {found.at}; for other elements the index is not negative. If this is meant, "
             f"write ({index}) % {size}" + self._line(found.role, load),
             stacklevel=6,

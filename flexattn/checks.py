@@ -81,11 +81,8 @@ class _Checks:
 
     def _chunk(self, part: Part, rows: tuple[int, int], chunk: Chunk, q: Tensor | None) -> None:
         attended = _attended(chunk)
-        if self.of_mask and chunk.keep:
-            masked = torch.zeros(chunk.width, dtype=torch.bool, device=self.walker.device)
-            for start, stop, _ in chunk.keep:
-                masked[start:stop] = True
-            self._indices(self.of_mask, "mask_mod", chunk, masked)
+        if self.of_mask:  # in full blocks, too, which the mask was read for when they were found to be full
+            self._indices(self.of_mask, "mask_mod", chunk, torch.ones_like(attended))
         self._indices(self.of_score, "score_mod", chunk, attended)
         for name in self.suspects:
             self._operand(name, part, rows, chunk)

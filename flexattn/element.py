@@ -16,6 +16,7 @@ from .codegen.formula import inline
 from .codegen.ir import Node, Op, walk
 from .codegen.places import exact_place_of
 from .codegen.program import Parsed, parse
+from .graph_mod import GraphMod
 from .names import captured_names
 from .problem import Problem
 
@@ -48,6 +49,8 @@ class Origin(NamedTuple):
         mod = self.mask_mod if role == "mask_mod" else self.score_mod
         if mod is None:
             return ""
+        if isinstance(mod, GraphMod):
+            return f"{role} {mod.described}"
         place = exact_place_of(mod, role, problem.variant.score_dtype, node, self.tensors, problem.floats)
         return "" if place is None else f"{role} at {place.where}: `{place.source}`"
 

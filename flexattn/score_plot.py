@@ -26,6 +26,7 @@ _LABELS = {
 }
 _MOST_TICKS = (8, 6)
 _MOST_CELLS = 512
+_MOST_ELEMENTS = 1 << 28
 
 
 def plot_scores(
@@ -48,7 +49,8 @@ def plot_scores(
     """Draw the weights or scores of one batch entry and head with matplotlib (`pip install flexattn[plot]`).
 
     An element that is not attended, or whose modified score is -inf, has no value in the picture: it is grey, lighter where
-    its whole block is skipped. An attended one whose value is nan or infinite is red. Weights are coloured by their square root.
+    its whole block is skipped. An attended one whose value is nan or infinite is red. Weights are coloured by their square
+    root.
 
     Args:
         query, key, value, score_mod, mask_mod, block_mask, scale, enable_gqa, b, h, q_idx, kv_idx: as `inspect`.
@@ -151,6 +153,11 @@ def plot_mask(
     from .testing.sizes import mask_shape
 
     B, H, Q_LEN, KV_LEN = mask_shape(shape)
+    if Q_LEN * KV_LEN > _MOST_ELEMENTS:
+        raise ValueError(
+            f"{Q_LEN} × {KV_LEN} elements are too many to evaluate for a picture. Draw the blocks instead: "
+            f"plot_mask(create_block_mask(mask_mod, None, None, {Q_LEN}, {KV_LEN}))"
+        )
     if isinstance(shape, int) or len(shape) == 2:
         B, H = max(B, b + 1), max(H, h + 1)
     # One block of all elements: its picture is that of the elements.

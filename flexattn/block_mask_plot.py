@@ -56,18 +56,10 @@ def plot(
     _grid(shown, axes[0, 0])
     _strip(shown, axes[0, 0])
     if shown.zoom is not None:
-        _cells(shown.zoom.elements, axes[0, 1], (1, 1))
+        draw_cells(shown.zoom.elements, axes[0, 1], (1, 1))
         axes[0, 1].set_title(shown.zoom.caption, fontsize="medium")
     figure.suptitle(shown.name)
     return axes[0, 0]
-
-
-def plot_elements(mask: BlockMask, batch: int, head: int, ax: Any, max_cells: int) -> float:
-    """Draw the elements of a mask that is one block; the share of them that is attended."""
-    shown = view(mask, batch, head, (0, 0) if 0 not in mask.seq_lengths else None, max_cells)
-    cells = shown.blocks if shown.zoom is None else shown.zoom.elements
-    _cells(cells, ax, (1, 1))
-    return (cells.full.sum() / cells.things.sum().clamp_min(1)).item()
 
 
 def need_matplotlib() -> None:
@@ -80,7 +72,7 @@ def need_matplotlib() -> None:
 
 def _grid(shown: View, ax: Any) -> None:
     patches = import_module("matplotlib.patches")
-    _cells(shown.blocks, ax, shown.block_size)
+    draw_cells(shown.blocks, ax, shown.block_size)
     ax.set_title("\n".join(filter(None, (shown.facts, shown.note))), fontsize="medium")
     if shown.zoom is not None:
         q, kv = shown.zoom.elements.q_edges, shown.zoom.elements.kv_edges
@@ -106,8 +98,8 @@ def _strip(shown: View, ax: Any) -> None:
     strip.tick_params(labelleft=False)
 
 
-def _cells(cells: Cells, ax: Any, units: tuple[int, int]) -> None:
-    """The cells as a mesh, with positions of elements along the axes."""
+def draw_cells(cells: Cells, ax: Any, units: tuple[int, int]) -> None:
+    """The cells as a mesh, with positions of elements along the axes, labelled in steps of `units`."""
     q, kv = cells.q_edges, cells.kv_edges
     lines = {"edgecolors": "white", "linewidth": 0.5} if max(cells.things.shape) <= _MOST_LINES else {}
     if cells.things.numel():

@@ -27,6 +27,7 @@ from .mask_cache import cached_block_mask
 from .problem import Problem
 
 MOST = 1 << 24  # elements of a result
+MOST_SEEN = 1 << 33  # elements that are computed for it, some minutes of work
 _AT_ONCE = 1 << 20  # scores in memory beside it
 
 Selection = int | slice | range | Sequence[int] | Tensor | None
@@ -134,7 +135,8 @@ def inspect(
 
     Raises:
         IndexError: for b, h or positions that do not exist.
-        ValueError, TypeError, TraceError: as `flex_attention`; and for more than 16,777,216 elements at once.
+        ValueError, TypeError, TraceError: as `flex_attention`; and for more than 16,777,216
+            elements at once, or rows that would take hours.
 
     Example:
         >>> import torch, flexattn
@@ -162,11 +164,7 @@ def inspect(
     sizes = (*query.shape[:3], key.shape[2])
     b, h = (_one(name, index, n) for name, index, n in (("b", b, sizes[0]), ("h", h, sizes[1])))
     rows, columns = _positions("q_idx", q_idx, sizes[2]), _positions("kv_idx", kv_idx, sizes[3])
-    if len(rows) * len(columns) > MOST:
-        raise ValueError(
-            f"{len(rows)} queries and {len(columns)} keys are {len(rows) * len(columns)} elements; inspect gives at most "
-            f"{MOST} at once; choose fewer, e.g. q_idx=slice(0, 1024), kv_idx=slice(0, 1024)"
-        )
+    _check_amount(len(rows), len(columns), sizes[3])
     if mask_mod is not None:
         block_mask = cached_block_mask(mask_mod, query, key)
     if block_mask is not None:
@@ -178,7 +176,10 @@ def inspect(
         single = isinstance(q_idx, int) and isinstance(kv_idx, int)
         operations = _operations(problem, origin, At(b, h, rows[0], columns[0]), found.score) if single else ()
     keep = [slice(None) if _is_many(i) else 0 for i in (q_idx, kv_idx)]
-    tensors = [t[keep[0], keep[1]] for t in found[:-1]]
+
+    def cut(values: Tensor) -> Tensor:
+        return values[keep[0], keep[1]]
+
     mods = {"score_mod": score_mod, "mask_mod": mask_mod}
     return Inspection(
         b,
@@ -186,10 +187,15 @@ def inspect(
         tuple(rows) if _is_many(q_idx) else rows[0],
         tuple(columns) if _is_many(kv_idx) else columns[0],
         sizes,
-        *tensors,
-        found.lse[keep[0]],
-        operations,
-        {role: describe(mod) for role, mod in mods.items() if mod is not None},
+        score=cut(found.score),
+        modified=cut(found.modified),
+        mask=cut(found.mask),
+        mask_mod=cut(found.mask_mod),
+        block=cut(found.block),
+        weight=cut(found.weight),
+        lse=found.lse[keep[0]],
+        operations=operations,
+        mods={role: describe(mod) for role, mod in mods.items() if mod is not None},
     )
 
 
@@ -209,6 +215,19 @@ def _one(name: str, index: Any, size: int) -> int:
         valid = f"0 to {size - 1}, or -{size} to -1 from the end" if size else "none, there is nothing"
         raise IndexError(f"{name}={found} is out of range; valid: {valid}")
     return found % size
+
+
+def _check_amount(rows: int, columns: int, S: int) -> None:
+    if rows * columns > MOST:
+        raise ValueError(
+            f"{rows} queries and {columns} keys are {rows * columns} elements; inspect gives at most {MOST} at once; choose "
+            "fewer, e.g. q_idx=slice(0, 1024), kv_idx=slice(0, 1024)"
+        )
+    if rows * S > MOST_SEEN:
+        raise ValueError(
+            f"the weights of {rows} queries are taken over all {S} keys, {rows * S} elements; inspect looks at no more than "
+            f"{MOST_SEEN}; choose fewer queries, e.g. q_idx=slice(0, {MOST_SEEN // S})"
+        )
 
 
 def _positions(name: str, selection: Any, size: int) -> list[int]:
@@ -273,8 +292,8 @@ class _Tile(NamedTuple):
             chosen = torch.tensor(rows[start : start + step], dtype=torch.int64, device=device)
             score = problem.query[b, h, chosen].detach().double() @ k.mT * problem.given_scale
             made = _solved(problem, b, h, chosen, score)
-            pieces.append(cls(*(t[:, at].cpu() for t in made[:-1]), made.lse.cpu()))
-        return cls(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+            pieces.append([*(t[:, at].cpu() for t in made[:-1]), made.lse.cpu()])
+        return cls._make(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
 
 def _solved(problem: Problem, b: int, h: int, rows: Tensor, score: Tensor) -> _Tile:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
-from .block_mask_cells import COLORS, EMPTY, ticks
-from .block_mask_plot import need_matplotlib, plot_elements
+from .block_mask_cells import COLORS, EMPTY, ticks, view
+from .block_mask_plot import draw_cells, need_matplotlib
 from .create import create_block_mask
 from .inspection import Selection, inspect
 from .mask_object import name_of
@@ -162,8 +162,11 @@ def plot_mask(
         B, H = max(B, b + 1), max(H, h + 1)
     # One block of all elements: its picture is that of the elements.
     whole = create_block_mask(mask, B, H, Q_LEN, KV_LEN, device, (max(1, Q_LEN), max(1, KV_LEN)))
+    shown = view(whole, b, h, (0, 0) if Q_LEN * KV_LEN else None, _MOST_CELLS)
+    cells = shown.blocks if shown.zoom is None else shown.zoom.elements
+    share = (cells.full.sum() / cells.things.sum().clamp_min(1)).item()
     ax = _axes() if ax is None else ax
-    share = plot_elements(whole, b, h, ax, _MOST_CELLS)
+    draw_cells(cells, ax, (1, 1))
     sizes = (f"{name} {i}" for name, i, n in (("batch", b, B), ("head", h, H)) if n > 1)
     ax.set_title(", ".join([name_of(mask), *sizes]) + f"\n{Q_LEN} × {KV_LEN} elements, {100 * share:.4g} % attended")
     return ax

@@ -91,16 +91,17 @@ class _Checks:
         raw = self.walker.tile_view(part, torch.bmm(q, chunk.columns(part.k).mT))
         inputs = chunk.inputs.fork({"score": raw})
         (score,) = evaluate([self.problem.variant.unscaled], inputs)
-        wrong = ~(score < math.inf) & attended
-        if bool(wrong.any()):
+        low, high = score.aminmax()  # nan, if there is one
+        if not high < math.inf and bool((wrong := ~(score < math.inf) & attended).any()):
             place = _first(wrong)
             self._wrong_score(_at(place, chunk), _pick(raw, place), _pick(score, place))
         if self.gradients:
-            # What softmax sends back to a score of -inf is 0.
-            grad = torch.where(score == -math.inf, 0.0, torch.ones_like(score))
+            grad = torch.ones((), dtype=score.dtype, device=score.device)
+            if not low > -math.inf:  # what softmax sends back to a score of -inf is 0
+                grad = torch.where(score == -math.inf, 0.0, grad)
             for value in evaluate(self.gradients, inputs.fork({"grad": grad})):
-                wrong = ~value.isfinite() & attended
-                if bool(wrong.any()):
+                finite = value.isfinite()
+                if not finite.all() and bool((wrong := ~finite & attended).any()):
                     place = _first(wrong)
                     self._wrong_gradient(_at(place, chunk), _pick(raw, place), _pick(score, place))
 
@@ -112,16 +113,15 @@ class _Checks:
         for load in loads:
             base, *index = load.args
             for dim, value in enumerate(evaluate(index, inputs)):
-                size = self._tensor(base).shape[dim]
-                wrong = ((value < -size) | (value >= size)) & where
-                if bool(wrong.any()):
+                size, key = self._tensor(base).shape[dim], (load, dim)
+                low, high = map(int, value.aminmax())
+                if (low < -size or high >= size) and bool((wrong := ((value < -size) | (value >= size)) & where).any()):
                     place = _first(wrong)
                     self._out_of_range(load, dim, role, int(_pick(value, place)), _at(place, chunk))
-                key = load, dim
-                if key not in self.negative and bool((wrapped := (value < 0) & where).any()):
+                if low < 0 and key not in self.negative and bool((wrapped := (value < 0) & where).any()):
                     place = _first(wrapped)
                     self.negative[key] = _Wrapped(role, int(_pick(value, place)), _at(place, chunk))
-                if key not in self.other and bool(((value >= 0) & where).any()):
+                if high >= 0 and key not in self.other and bool(((value >= 0) & where).any()):
                     self.other.add(key)
 
     def _tensor(self, base: Node) -> Tensor:

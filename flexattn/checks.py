@@ -91,14 +91,12 @@ class _Checks:
         raw = self.walker.tile_view(part, torch.bmm(q, chunk.columns(part.k).mT))
         inputs = chunk.inputs.fork({"score": raw})
         (score,) = evaluate([self.problem.variant.unscaled], inputs)
-        low, high = score.aminmax()  # nan, if there is one
-        if not high < math.inf and bool((wrong := ~(score < math.inf) & attended).any()):
+        if not score.amax() < math.inf and bool((wrong := ~(score < math.inf) & attended).any()):
             place = _first(wrong)
             self._wrong_score(_at(place, chunk), _pick(raw, place), _pick(score, place))
         if self.gradients:
+            # What arrives may be 0: the weight of a score of -inf is. 0 times what is not finite is nan.
             grad = torch.ones((), dtype=score.dtype, device=score.device)
-            if not low > -math.inf:  # what softmax sends back to a score of -inf is 0
-                grad = torch.where(score == -math.inf, 0.0, grad)
             for value in evaluate(self.gradients, inputs.fork({"grad": grad})):
                 finite = value.isfinite()
                 if not finite.all() and bool((wrong := ~finite & attended).any()):
@@ -208,7 +206,7 @@ class _Checks:
         )
 
     def _wrong_gradient(self, at: At, raw: Tensor, score: Tensor) -> None:
-        element = self._element(at, self._given(raw), 0.0 if score.item() == -math.inf else 1.0)
+        element = self._element(at, self._given(raw), 1.0)
         step = element.broken_step()
         where = f"at {at}, which is attended to, though the modified score is {number(score.item())}"
         if step is None:

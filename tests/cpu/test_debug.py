@@ -117,6 +117,24 @@ def test_an_index_that_was_read_is_checked() -> None:
     assert "index 5 is out of range" in said and "read as values[place[kv_idx]] at b=0, h=0, q_idx=0, kv_idx=2" in said
 
 
+def test_lines_are_found_where_numbers_and_operations_differ_from_the_programs() -> None:
+    first, ids = torch.zeros(16), torch.zeros(12)
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + first[q_idx * 1 + 0]
+
+    def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        x = ids[(kv_idx + 0) // 1]
+        y = first[(kv_idx + 0) // 1]
+        return x + y >= 0
+
+    lists = create_block_mask(masks.noop_mask, None, None, 16, 16, "cpu").kv_lists()
+    said = refused(IndexError, *qkv(), mod, BlockMask.from_kv_blocks(*lists, 128, mask, seq_lengths=(16, 16)))
+    assert "captured tensor ids of shape [12]" in said and said.endswith("`x = ids[(kv_idx + 0) // 1]`")
+    first = torch.zeros(10)
+    assert refused(IndexError, *qkv(), mod).endswith("`return score + first[q_idx * 1 + 0]`")
+
+
 # ---- indices that wrap
 
 
@@ -184,6 +202,26 @@ def test_infinities_that_meet_are_where_nan_begins() -> None:
     assert "`score + caps[h] - caps[h]` is nan where score + caps[h] = inf, caps[h] = inf" in said
     divided = refused(FloatingPointError, *qkv(), lambda s, b, h, i, j: torch.where(i == j, (s * s) / (i - j), s))
     assert "is inf where" in divided and "q_idx - kv_idx = 0" in divided
+
+
+def test_the_branch_that_is_taken_is_followed() -> None:
+    near = lambda s, b, h, i, j: torch.where(i > 99, torch.exp(s), torch.log(-1 - s.abs()))
+    assert "`log(" in refused(FloatingPointError, *qkv(), near)
+    far = lambda s, b, h, i, j: torch.where(i < 99, torch.log(-1 - s.abs()), torch.exp(s))
+    assert "`log(" in refused(FloatingPointError, *qkv(), far)
+
+
+@pytest.mark.parametrize("size", [16, 128])
+def test_hidden_elements_may_be_anything(size: int) -> None:
+    inputs = qkv(L=300, S=300)
+    inputs[0].requires_grad_()
+    causal = create_block_mask(masks.causal_mask, None, None, 300, 300, "cpu", size)
+    for mod in (
+        lambda s, b, h, i, j: s + torch.log(i - j + 1),
+        lambda s, b, h, i, j: torch.sqrt((s * (i >= j)).abs() + (i >= j)),
+    ):
+        accepted(*inputs, mod, block_mask=causal)
+        refused(FloatingPointError, *inputs, mod)
 
 
 def test_a_product_that_overflows_is_named() -> None:

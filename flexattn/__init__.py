@@ -14,7 +14,9 @@ from .debug import debug_mode
 from .documents import Documents
 from .errors import KernelError
 from .explain import Explanation, explain
+from .inspection import Inspection, inspect
 from .masks import and_masks, noop_mask, not_mask, or_masks
+from .score_plot import plot_mask, plot_scores
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,7 @@ __all__ = [
     "BlockMask",
     "Documents",
     "Explanation",
+    "Inspection",
     "KernelError",
     "TraceError",
     "and_masks",
@@ -32,9 +35,12 @@ __all__ = [
     "debug_mode",
     "explain",
     "flex_attention",
+    "inspect",
     "masks",
     "mods",
     "noop_mask",
     "not_mask",
     "or_masks",
+    "plot_mask",
+    "plot_scores",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .laws import LAWS, LawNotRun, check_laws
 from .sizes import Sizes
 
-__all__ = ["Sizes"]
+__all__ = ["LAWS", "LawNotRun", "Sizes", "check_laws"]

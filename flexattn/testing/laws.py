@@ -5,6 +5,7 @@ In: a score_mod, a mask_mod, or both. Out: nothing, or an `AssertionError` that 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import random
@@ -61,15 +62,13 @@ def check_laws(score_mod: Mod | None = None, mask_mod: Mod | None = None) -> Ite
         >>> import flexattn
         >>> from flexattn.testing import check_laws
         >>> window = flexattn.masks.sliding_window(8)
-        >>> [law.name for law in check_laws(mask_mod=window) if law.error is None]
-        ['trace', 'simplify', 'intervals', 'blocks']
+        >>> [law.name for law in check_laws(mask_mod=window) if isinstance(law.error, AssertionError)]
+        []
     """
     if score_mod is None and mask_mod is None:
         raise ValueError("check_laws needs something to check: give a score_mod, a mask_mod, or both")
-    try:
-        Traced.of(score_mod, mask_mod)  # what cannot be traced is the caller's to know before anything else
-    except LawNotRun:
-        pass
+    with contextlib.suppress(LawNotRun):  # what cannot be traced is the caller's to know before anything else
+        Traced.of(score_mod, mask_mod)
     return _checked(score_mod, mask_mod)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..create import create_block_mask
 from ..documents import Documents
+from ..masks import noop_mask
 from .generated import Generated
 from .inputs import AttentionInputs
 
@@ -39,8 +40,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Documents):
         made = f"documents = flexattn.Documents.from_document_ids({_ids(value.document_ids)})"
         return f"import torch\nimport flexattn\n\n{made}"
-    if isinstance(value, BlockMask) and (value.mask_mod is None or isinstance(value.mask_mod, Generated)):
-        return _block_mask(value, value.mask_mod)
+    if isinstance(value, BlockMask) and (value.mask_mod is noop_mask or isinstance(value.mask_mod, Generated)):
+        return _block_mask(value, value.mask_mod if isinstance(value.mask_mod, Generated) else None)
     raise TypeError(
         f"describe takes what the strategies of flexattn.testing.strategies give, got {type(value).__name__}"
         + (" of a mask_mod that was not generated" if isinstance(value, BlockMask) else "")

@@ -13,8 +13,8 @@ from .. import masks, mods
 
 # Functions of torch that take tensors and are named in the source as they are here.
 _TORCH = {
-    1: ("exp", "log1p", "sigmoid", "sign", "sin", "sqrt", "tanh"),
-    2: ("maximum", "minimum", "logical_and", "logical_or"),
+    1: ("exp", "log1p", "sigmoid", "sin", "sqrt", "tanh"),
+    2: ("maximum", "minimum", "logical_and"),
     3: ("where",),
 }
 _MASKS = {
@@ -70,9 +70,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "{}[{}]": _element,
     "{}[{}, {}]": _element,
     "{}[{}, {}, {}]": _element,
-    "{}.abs()": Tensor.abs,
     "{}.clamp({}, {})": Tensor.clamp,
-    "{}.float()": Tensor.float,
     "{}.int()": Tensor.int,
     "{}.sort().values": lambda t: t.sort().values,
     "{}.sum(-1)": lambda t: t.sum(-1),

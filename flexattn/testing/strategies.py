@@ -46,6 +46,8 @@ _LENGTHS = (0, 16, 17, 31, 128, 129, 160)  # at and beside the edges of blocks a
 _HEADS = ((1, 1), (1, 2), (4, 1), (2, 2), (1, 4), (3, 1))  # of the keys, and queries for each
 _BLOCKS = ((16, 16), (32, 16), (16, 64), (7, 5), (128, 128))
 _SEEDS = st.integers(0, 1000)
+_MOD_SEEDS = st.integers(0, 7)  # few, so that the rules that name their tensors are made once
+_MOD_KINDS = "mdo"  # of the grammar: masks and scores
 _WIDEST = 64  # window, prefix or chunk
 
 
@@ -307,20 +309,23 @@ def block_masks(
 def _mods(draw: st.DrawFn, kind: str, depth: int, space: Space) -> Expression:
     """A mask_mod ("m") or score_mod ("d"). Of its captured tensors all come from one seed, drawn if there are any."""
     if space.captured:
-        space = space._replace(seed=draw(_SEEDS))
-    return _grown(draw, grammar(space), kind, depth, min(space.length, _WIDEST))
+        space = space._replace(seed=draw(_MOD_SEEDS))
+    return draw(_grown(grammar(space), kind, depth, depth, min(space.length, _WIDEST)))
 
 
-def _grown(draw: st.DrawFn, rules: Grammar, kind: str, depth: int, widest: int) -> Expression:
-    nests = depth > 0 and draw(st.integers(0, 2)) > 0
+@st.composite  # a strategy at each level, so that an expression shrinks to one that is inside it
+def _grown(draw: st.DrawFn, rules: Grammar, kind: str, depth: int, inner: int, widest: int) -> Expression:
+    """An expression of a kind; `inner` is how deep those of functions inside it are."""
+    is_mod = kind in _MOD_KINDS
+    nests = depth > 0 and draw(st.integers(0, 2)) > is_mod  # mods are combined in a third of cases, others nest in two
     rule: Rule = draw(st.sampled_from(rules[kind].nested if nests else rules[kind].leaves))
     operands: list[Expression] = []
     for hole in rule.holes:
         if hole in "nw":
             operands.append(Literal(draw(st.integers(1, 7 if hole == "n" else widest))))
         else:
-            deeper = hole == kind or kind not in "md"  # a mod's own expression is as deep as asked for
-            operands.append(_grown(draw, rules, hole, depth - deeper, widest))
+            body = is_mod and hole not in _MOD_KINDS
+            operands.append(draw(_grown(rules, hole, inner if body else depth - 1, inner, widest)))
     return rule.build(*operands)
 
 

@@ -17,9 +17,9 @@ from torch.nn.attention import flex_attention as peer
 
 import flexattn
 from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, masks
+from flexattn.testing.strategies import mask_mods
 
 docs = torch.tensor([0] * 40 + [1] * 50 + [2] * 70)
-from flexattn.testing.strategies import mask_mods
 
 
 def listed(count: Tensor, index: Tensor, B: int = 1, H: int = 1) -> list[list[int]]:

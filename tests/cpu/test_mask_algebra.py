@@ -16,9 +16,9 @@ from torch import Tensor
 import flexattn
 from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, masks
 from flexattn.block_lists import _DENSE, by_column, dense
+from flexattn.testing.strategies import mask_mods
 
 ids = torch.arange(300) // 37
-from flexattn.testing.strategies import mask_mods
 
 
 def from_lists(Q: int, KV: int, mask_mod: Any = None) -> BlockMask:

@@ -301,7 +301,11 @@ def block_masks(
         listed = (kinds == kind).int()
         found += [listed.sum(-1), torch.argsort(listed, dim=-1, descending=True, stable=True)]
     given = draw(st.sampled_from((None, mod)))
-    return _noted(BlockMask.from_kv_blocks(*found, BLOCK_SIZE=block, mask_mod=given, seq_lengths=(Q_LEN, KV_LEN)))
+    return _noted(
+        BlockMask.from_kv_blocks(
+            found[0], found[1], found[2], found[3], BLOCK_SIZE=block, mask_mod=given, seq_lengths=(Q_LEN, KV_LEN)
+        )
+    )
 
 
 # ---- how they are drawn

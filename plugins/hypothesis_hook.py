@@ -1,4 +1,8 @@
-"""Called when hypothesis is imported: strategies for the types of flexattn, where flexattn has been imported before."""
+"""Called when hypothesis is imported: strategies for the types of flexattn, where flexattn has been imported before.
+
+Where it has not, this costs half a millisecond, and `import flexattn.testing` registers them later. Where it has, it also
+imports `flexattn.testing`; the strategies themselves are imported when hypothesis asks for the first one.
+"""
 
 from __future__ import annotations
 

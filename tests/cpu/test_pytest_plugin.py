@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from flexattn_plugins.pytest_plugin import device_of
 
 pytest_plugins = "pytester"
 
@@ -113,18 +116,24 @@ def test_options_come_before_the_ini_file(pytester: pytest.Pytester) -> None:
             "*flexattn_backend is 'fast'; it must be one of auto, triton, tiled, reference*",
         ),
         ([], "flexattn_seed = many", "*the flexattn seed is 'many'; it must be an integer, 0 or more*"),
-        (["--flexattn-device=gpu"], "", "*--flexattn-device=gpu: Expected one of cpu, cuda*"),
     ],
 )
 def test_wrong_options_are_refused(pytester: pytest.Pytester, options: list[str], ini: str, message: str) -> None:
     pytester.makeini(f"[pytest]\n{ini}")
-    result = run(pytester, FIXTURES, *options)
+    result = run(pytester, "def test_it(flexattn_backend, pytestconfig):\n    pass", *options)
     assert result.ret != 0
     (result.stderr if result.errlines else result.stdout).fnmatch_lines([message])
 
 
-def test_a_device_that_is_not_there_skips(pytester: pytest.Pytester) -> None:
-    run(pytester, FIXTURES, "--flexattn-device=cuda").assert_outcomes(skipped=1)
+def test_a_device_that_is_not_there_skips_and_one_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("") == torch.device("cpu") and device_of("meta") == torch.device("meta")
+    with pytest.raises(pytest.skip.Exception, match="needs a CUDA device"):
+        device_of("cuda:1")
+    with pytest.raises(pytest.UsageError, match="--flexattn-device=gpu: Expected one of cpu, cuda"):
+        device_of("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of("") == torch.device("cuda")
 
 
 def test_the_interpreter_is_on_before_a_conftest_imports_triton(pytester: pytest.Pytester) -> None:

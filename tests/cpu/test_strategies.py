@@ -53,7 +53,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def smallest(strategy: st.SearchStrategy[Any], holds: Callable[[Any], bool]) -> Any:
     """What an example shrinks to for which something holds."""
-    quick = settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    quick = settings(max_examples=150, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     return find(strategy, holds, settings=quick)
 
 

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+from .descriptions import describe
+from .inputs import AttentionInputs
+from .laws import LAWS, LawNotRun, check_laws
 from .sizes import Sizes
 
-__all__ = ["Sizes"]
+__all__ = ["LAWS", "AttentionInputs", "LawNotRun", "Sizes", "check_laws", "describe"]
+
+# Where hypothesis is imported later, it calls `flexattn_plugins.hypothesis_hook`, which does the same.
+if "hypothesis" in sys.modules:
+    from . import registration
+
+    registration.register()

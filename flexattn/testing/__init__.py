@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .mask_diff import Counterexample, MaskDiff, mask_diff
 from .sizes import Sizes
 
-__all__ = ["Sizes"]
+__all__ = ["Counterexample", "MaskDiff", "Sizes", "mask_diff"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .causal import assert_causal
+from .leaks import assert_no_leak
 from .mask_diff import Counterexample, MaskDiff, mask_diff
 from .sizes import Sizes
 
-__all__ = ["Counterexample", "MaskDiff", "Sizes", "mask_diff"]
+__all__ = ["Counterexample", "MaskDiff", "Sizes", "assert_causal", "assert_no_leak", "mask_diff"]

@@ -114,7 +114,7 @@ def called(mask: Any) -> str:
         return f"BlockMask of {called(mask.mask_mod)}" + ("" if mask.is_exact else ", by its lists")
     if isinstance(mask, (MaskObject, Replay)):
         return repr(mask)
-    if getattr(mask, "__module__", "").startswith(_OWN):
+    if str(getattr(mask, "__module__", None)).startswith(_OWN):
         return name_of(mask)
     return describe(mask)
 

@@ -78,5 +78,3 @@ def mutants(mask: Any) -> Iterator[Mutant]:
                 continue
             (whole,) = substitute([traced.node], {node: changed})
             yield Mutant(f"node {number}: {what}", TracedMask(whole, traced.inputs).mask_mod)
-
-

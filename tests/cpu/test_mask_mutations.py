@@ -31,7 +31,7 @@ def test_mutants_are_told_from_their_original_as_brute_force_does(name: str) -> 
             in_a, in_b = (bool(create_mask(m, *shape)[diff.counterexample[:4]]) for m in (original, mutant.mask_mod))
             assert (diff.counterexample.in_a, diff.counterexample.in_b) == (in_a, in_b)
         seen["equal" if diff.equal else "different"] += 1
-    assert seen["different"] >= 4, seen
+    assert seen["different"] >= 3, seen
 
 
 def test_some_mutants_are_equivalent_and_proved_so() -> None:

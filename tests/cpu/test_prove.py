@@ -178,7 +178,9 @@ def test_causal_masks_are_proved_to_be(name: str) -> None:
     assert never(node(later(CAUSAL[name])))
 
 
-@pytest.mark.parametrize("mask", [masks.prefix_lm(2), masks.window(3, 1), masks.transfusion(ids), masks.chunked(2)], ids=repr)
+@pytest.mark.parametrize(
+    "mask", [masks.prefix_lm(2), masks.window(3, 1), masks.transfusion(ids), masks.chunked(2)], ids=repr
+)
 def test_masks_that_see_the_future_are_not_proved_causal(mask: Any) -> None:
     assert not never(node(later(mask)))
 

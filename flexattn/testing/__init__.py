@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import sys
 
+from .causal import assert_causal
 from .descriptions import describe
 from .inputs import AttentionInputs
 from .laws import LAWS, LawNotRun, check_laws
+from .leaks import assert_no_leak
+from .mask_diff import Counterexample, MaskDiff, mask_diff
 from .sizes import Sizes
 
-__all__ = ["LAWS", "AttentionInputs", "LawNotRun", "Sizes", "check_laws", "describe"]
+__all__ = [
+    "LAWS",
+    "AttentionInputs",
+    "Counterexample",
+    "LawNotRun",
+    "MaskDiff",
+    "Sizes",
+    "assert_causal",
+    "assert_no_leak",
+    "check_laws",
+    "describe",
+    "mask_diff",
+]
 
 # Where hypothesis is imported later, it calls `flexattn_plugins.hypothesis_hook`, which does the same.
 if "hypothesis" in sys.modules:

@@ -292,6 +292,8 @@ def test_a_score_of_minus_infinity_must_not_send_nan_to_a_captured_tensor() -> N
     gate.requires_grad_()
     said = refused(FloatingPointError, *inputs, mod)
     assert "at b=0, h=0, q_idx=0, kv_idx=1" in said and "gate[kv_idx] = 0" in said and "score is -inf" in said
+    assert "hide the element with a mask_mod" in said
+    accepted(*inputs, mod, mask_mod=lambda b, h, i, j: j != 1)
 
 
 def _gate(values: list[float], grad: bool = True) -> Mod:

@@ -244,7 +244,9 @@ _OF_WHERE = (
     "\nA gradient of 0 arrives there, and 0 times infinity is nan: torch.where does not protect the branch that it does not "
     "take. Choose a safe operand first: f(torch.where(condition, x, 1.0))"
 )
-_OF_MASKS = "\nIts weight is 0, and 0 times what is not finite is nan: hide the element with a mask_mod, which cuts gradients"
+_OF_MASKS = (
+    "\nIts weight is 0, and 0 times what is not finite is nan: hide the element with a mask_mod, which cuts gradients"
+)
 
 
 def _indexed_loads(root: Node | None) -> list[Node]:

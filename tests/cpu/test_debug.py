@@ -121,9 +121,9 @@ def test_lines_are_found_where_numbers_and_operations_differ_from_the_programs()
 
 
 def warned(mod: Mod, **kwargs: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, debug_mode():
         warnings.simplefilter("always")
-        accepted(*qkv(), mod, **kwargs)
+        flex_attention(*qkv(), mod, **kwargs)
     assert all(w.filename == __file__ for w in caught)
     return [str(w.message) for w in caught]
 

@@ -149,7 +149,7 @@ def test_wrong_arguments_are_refused() -> None:
         assert_causal(masks.causal_mask, 100, within=images)
     with pytest.raises(ValueError, match="within must be an integer tensor"):
         assert_causal(masks.causal_mask, 80, within=images.float())
-    with pytest.raises(ValueError, match="offset is 0.5"):
+    with pytest.raises(ValueError, match=r"offset is 0\.5"):
         assert_causal(masks.causal_mask, 80, offset=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must return a tensor"):
         assert_causal(attention=lambda q, k, v: q.sum(), shape=10)

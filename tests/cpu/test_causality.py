@@ -131,6 +131,15 @@ def test_half_precision_and_equal_zeros() -> None:
     assert_causal(attention=flips, shape=20)
 
 
+def test_nan_is_the_same_as_nan() -> None:
+    def undefined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([v[:, :, :1] * float("nan"), v[:, :, 1:].cumsum(2)], 2)
+
+    assert_causal(attention=undefined, shape=20)
+    late = lambda q, k, v: torch.cat([v[:, :, :1], v[:, :, 1:].cumsum(2).where(v[:, :, 19:].abs() < 9, float("nan"))], 2)
+    assert "query 1 sees key 19." in text_of(attention=late, shape=20)
+
+
 def test_a_layer_that_looks_at_nothing_does_not_pass() -> None:
     for nothing in (torch.zeros_like, torch.ones_like):
         assert "does not depend on its inputs" in text_of(attention=lambda q, k, v, f=nothing: f(q), shape=20)

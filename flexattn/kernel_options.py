@@ -2,7 +2,7 @@
 
 The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
 kernels and never change a result beyond rounding, but for FAST_TANH; the tiled and reference backends have nothing to tune and
-accept them without effect.
+accept them without effect, but for BATCH_INVARIANT.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ OPTIONS: dict[str, Option] = {
         "the backward gives the same bits in every run: it has two passes, and gradients of captured tensors that are read "
         "at arbitrary indices are stored and sorted, instead of added by atomics; the same as under "
         "torch.use_deterministic_algorithms(True)",
+    ),
+    "BATCH_INVARIANT": Option(
+        "bool",
+        "what a batch entry gets depends on nothing but itself, to the bit: set by flex_attention(batch_invariant=), which also "
+        "brings documents to the beginnings of blocks; includes DETERMINISTIC. The tiled and reference backends obey it, too",
     ),
     "AUTOTUNE": Option(
         "bool",
@@ -94,10 +99,14 @@ OPTIONS: dict[str, Option] = {
 _TILES = frozenset(name for name, option in OPTIONS.items() if option.kind == _TILE)
 PREFIXES = ("fwd_", "bwd_")
 _FORWARD, _BACKWARD = "it is about the forward alone", "it is about the backward alone"
+_BOTH = "gradients are of the same documents as results"
+_TIMED = "a choice by time depends on the batch that was timed"
 _MEANINGLESS = {
     "fwd_FAST_TANH": "the backward computes the scores of the forward again, by the same tanh",
     "bwd_FAST_TANH": "the backward computes the scores of the forward again, by the same tanh",
     "fwd_DETERMINISTIC": "it is the backward that may differ from run to run",
+    "fwd_BATCH_INVARIANT": _BOTH,
+    "bwd_BATCH_INVARIANT": _BOTH,
     "bwd_WARP_SPECIALIZED": "only the forward has such a kernel",
     "bwd_OVERLAP": _FORWARD,
     "fwd_UPRIGHT": _BACKWARD,
@@ -111,6 +120,15 @@ _CONTRADICTIONS = (  # an option, whether it is the forward's, and the other tha
         True,
         "one pass adds to dQ by atomics, in an order that differs from run to run",
     ),
+    (
+        "ONE_PASS",
+        False,
+        "BATCH_INVARIANT",
+        True,
+        "one pass adds to dQ by atomics, in an order that differs from run to run",
+    ),
+    ("AUTOTUNE", True, "BATCH_INVARIANT", True, _TIMED),
+    ("AUTOTUNE", False, "BATCH_INVARIANT", True, _TIMED),
     ("OVERLAP", True, "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"),
 )
 

@@ -113,8 +113,8 @@ def kept_whole_rows(S: int, B: int, device: torch.device) -> Aligned:
 
 def for_batch(layout: Aligned, B: int) -> Aligned:
     """The layout with tables of B rows, which repeat the only one."""
-    tables = (t.expand(B, -1) for t in layout[:3])
-    return Aligned(*tables, *layout[3:])
+    position, first, stop = (t.expand(B, -1) for t in layout[:3])
+    return layout._replace(position=position, first=first, stop=stop)
 
 
 # ---- tokens there and back

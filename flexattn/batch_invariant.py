@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .aligned import Aligned, for_batch, kept_whole_rows, whole_rows
@@ -67,9 +66,9 @@ def arranged(
         layout = kept_whole_rows(S, B, query.device)
     else:
         layout = for_batch(whole_rows(S, query.device), B)
-    moved = (layout.spread(t) for t in (query, key, value))
+    query, key, value = (layout.spread(t) for t in (query, key, value))
     modify = None if score_mod is None else _Modified(score_mod, layout.position)
-    return Arranged(*moved, modify, _Within(mask_mod, *layout[:3]), layout)
+    return Arranged(query, key, value, modify, _Within(mask_mod, *layout[:3]), layout)
 
 
 def _layout_of(documents: Documents, B: int) -> Aligned:
@@ -130,18 +129,19 @@ def check(documents: Any, query: Tensor, key: Tensor, block_mask: Any) -> None:
     B, L, S = query.shape[0], query.shape[2], key.shape[2]
     if block_mask is not None:
         raise ValueError(
-            "both block_mask and the documents of batch_invariant are given. In that mode the blocks are those of the documents: "
-            "pass the mask as a function, mask_mod=block_mask.mask_mod, without what keeps documents apart"
+            "both block_mask and the documents of batch_invariant are given. The blocks are then those of the documents: pass "
+            "the mask as a function, such as mask_mod=flexattn.masks.causal_mask; what keeps documents apart is not needed"
         )
     rows, length = documents.seq_idx.shape
     if L != S or length != L:
         raise ValueError(
-            f"batch_invariant has documents of {length} tokens, query has {L} and key {S}; all three must be equal. For queries "
-            "and keys of other lengths, as with a cache, write batch_invariant=True"
+            f"batch_invariant has documents of {length} tokens, query has {L} and key {S}; all three must be equal. Where "
+            "queries and keys differ in length, as with a cache, write batch_invariant=True"
         )
     if rows not in (1, B):
         raise ValueError(
-            f"batch_invariant has documents of {rows} rows, query has batch {B}; they must have the query's batch or be one row"
+            f"batch_invariant has documents of {rows} rows, query has batch {B}; give one row for "
+            "each batch entry, or one for all"
         )
     if documents.document_ids.device != query.device:
         raise ValueError(

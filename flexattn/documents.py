@@ -265,7 +265,9 @@ class Documents:
             (384, [0, 99, 128, 327])
         """
         if "aligned" not in self._values and not has_data(self.document_ids):
-            raise RuntimeError("compiled code cannot lay out documents: read documents.aligned once outside, before the call")
+            raise RuntimeError(
+                "compiled code cannot lay out documents: read documents.aligned once outside, before the call"
+            )
         return self._kept("aligned", lambda: of_ids(self.seq_idx))
 
     # ---- to a mask

@@ -25,20 +25,20 @@ def solve(problem: Problem) -> Attention:
     query, rows = problem.query, []
     listed = _listed(problem)
     # Split, not sliced: the gradients of the parts are then put together, and nothing is added, not even a zero.
-    entries = zip(
-        query.split(1), *(t.split(1) if t.shape[0] > 1 else [t] * len(query) for t in (problem.key, problem.value))
-    )
+    shared = problem.key.shape[0] == 1
+    keys, values = ([t] * len(query) if shared else t.split(1) for t in (problem.key, problem.value))
+    entries = zip(query.split(1), keys, values, strict=True)
     for b, (q, k, v) in enumerate(entries):
         kinds = [t[b : b + 1] if t.shape[0] > 1 else t for t in listed]
         ends = _ends(problem, kinds)
         cut = [_lengths(ends, size, t.shape[2]) for size, t in zip(problem.block_size, (q, k), strict=True)]
-        parts, start = [], [0, 0]
+        parts, rows_before, keys_before = [], 0, 0
         pieces = zip(q.split(cut[0], 2), k.split(cut[1], 2), v.split(cut[1], 2), pairwise(ends), strict=True)
         for q_part, k_part, v_part, (first, stop) in pieces:
             lists = [made for t in kinds for made in _lists(t[:, :, first:stop, first:stop] if len(ends) > 2 else t)]
             part = problem._replace(query=_new(q_part), key=_new(k_part), value=_new(v_part), block_mask=lists)
-            parts.append(attention(part, origin=(b, 0, *start)))
-            start = [start[0] + q_part.shape[2], start[1] + k_part.shape[2]]
+            parts.append(attention(part, origin=(b, 0, rows_before, keys_before)))
+            rows_before, keys_before = rows_before + q_part.shape[2], keys_before + k_part.shape[2]
         rows.append([torch.cat(t, 2) for t in zip(*parts, strict=True)])
     out, lse, max_scores = (torch.cat(t) for t in zip(*rows, strict=True))
     return Attention(in_order_of(query, out), lse, max_scores.detach())
@@ -59,6 +59,11 @@ def _ends(problem: Problem, kinds: Sequence[Tensor]) -> list[int]:
     blocks = len(some)
     if not blocks:
         return [0, 1]
+    if type(some) is not Tensor:
+        raise NotImplementedError(
+            "backend='reference' with batch_invariant looks at the block lists, which compiled code does not have yet; compile "
+            "backend='tiled' or 'auto'"
+        )
     joined = (some | some.mT).tolist()
     ends, reach = [0], 0
     for block in range(blocks):

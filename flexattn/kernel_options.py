@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Option(NamedTuple):
     """What a value of the option must be, and its meaning."""
@@ -45,8 +47,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "BATCH_INVARIANT": Option(
         "bool",
-        "what a batch entry gets depends on nothing but itself, to the bit: set by flex_attention(batch_invariant=), which also "
-        "brings documents to the beginnings of blocks; includes DETERMINISTIC. The tiled and reference backends obey it, too",
+        "what a batch entry gets depends on nothing but itself, to the bit; includes DETERMINISTIC. Set by "
+        "flex_attention(batch_invariant=), which also brings documents to the beginnings of blocks. All backends obey it",
     ),
     "AUTOTUNE": Option(
         "bool",
@@ -175,6 +177,8 @@ def options_of(options: Mapping[str, Any], forward: bool) -> dict[str, Any]:
 
 def options_text(options: Mapping[str, Any]) -> str:
     """Checked options as the operators take them: "BLOCK_M=64,USE_TMA=True", sorted."""
+    if torch.compiler.is_compiling():  # Dynamo warns of caches
+        return _text.__wrapped__(tuple(options.items()))
     return _text(tuple(options.items())) if options else ""
 
 

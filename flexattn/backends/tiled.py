@@ -23,10 +23,10 @@ from ..codegen.ir import Node, Op
 from ..codegen.pipeline import Variant
 from ..layout import empty_like_strides
 from ..problem import Problem
-from . import invariant
 from .indices import Corner, hidden, kept_place_of, number, place_of
 from .kept import kept
 from .schedule import Leg, Span, Split, Tile, chunks, everything, legs, width
+from .schedule_apart import legs_apart
 
 LOG2E = 1 / math.log(2)
 KEPT_BLOCKS = (
@@ -141,7 +141,7 @@ def _copied(x: Tensor) -> Tensor:
 class Walk:
     """The journey over the tiles of a problem that forward and backward share.
 
-    `apart`: every block is computed in the same way whatever else there is, see `invariant`.
+    `apart`: every block is computed in the same way whatever else there is, see `schedule_apart`.
     """
 
     def __init__(self, problem: Problem, apart: bool = False) -> None:
@@ -167,8 +167,8 @@ class Walk:
         S = p.key.shape[2]
         rest = p.block_size, (B, H, L, S), self.group_size, p.key.shape[0] != B
         if not p.block_mask:
-            return invariant.legs_apart((), *rest) if self.apart else everything(*rest)
-        make = invariant.legs_apart if self.apart else legs
+            return legs_apart((), *rest) if self.apart else everything(*rest)
+        make = legs_apart if self.apart else legs
         if sum([t.numel() for t in p.block_mask]) > KEPT_BLOCKS:
             return make(p.block_mask, *rest)
         return kept("legs", p.block_mask, (self.apart, *rest), lambda: make(p.block_mask, *rest))

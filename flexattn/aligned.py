@@ -81,7 +81,7 @@ def _of_ids(ids: Tensor) -> Aligned:
     rank -= before.gather(1, number)
     place = (starts.gather(1, number) + rank).masked_fill(~real, 0)
 
-    length = int(ends[:, -1].max()) if B else 0
+    length = max(BLOCK, int(ends[:, -1].max())) if B and S else 0  # a row of padding has a place to be read from
     at = torch.arange(length, device=device).expand(B, length).contiguous()
     owner = torch.searchsorted(ends, at, right=True).clamp_max(documents)
     start, count = starts.gather(1, owner), counts.gather(1, owner)

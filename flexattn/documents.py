@@ -264,10 +264,9 @@ class Documents:
             >>> packed.aligned.length, packed.aligned.place[0, [0, 99, 100, 299]].tolist()
             (384, [0, 99, 128, 327])
         """
-        if "aligned" not in self._values and not has_data(self.document_ids):
-            raise RuntimeError(
-                "compiled code cannot lay out documents: read documents.aligned once outside, before the call"
-            )
+        unknown = torch.compiler.is_compiling() or self.document_ids.is_meta or type(self.document_ids) is not Tensor
+        if unknown and "aligned" not in self._values:
+            raise RuntimeError("compiled code cannot lay documents out: read documents.aligned once outside of it")
         return self._kept("aligned", lambda: of_ids(self.seq_idx))
 
     # ---- to a mask

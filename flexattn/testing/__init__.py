@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .invariance import assert_batch_invariant
 from .sizes import Sizes
 
-__all__ = ["Sizes"]
+__all__ = ["Sizes", "assert_batch_invariant"]

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from flexattn import Documents, flex_attention, masks
+from flexattn.backends import work_order
 from flexattn.testing import Sizes, assert_batch_invariant
 
 SHAPE = Sizes(Hq=2, Hkv=1, E=16, Ev=16)
 SLOPES = torch.tensor([0.5, 0.25])
 # Large tiles, since the interpreter's time is that of their number.
-TILES = {name: 64 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}
+TILES = {name: 128 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}
 
 
 def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -33,20 +34,19 @@ def test_without_the_option_bits_differ() -> None:
         assert_batch_invariant(None, None, packed, batch_invariant=False, **options)
 
 
-def test_lengths_that_differ_and_a_dense_bias_learned_for_all_entries() -> None:
-    """The gradient of such a bias has another way for one entry than for two, which must not show in dQ."""
-    q, k, v, dout = (torch.randn(2, 2, n, 16) for n in (20, 40, 40, 20))
+@pytest.mark.parametrize("option", [False, True])
+def test_the_heads_of_a_group_are_divided_among_programs_by_the_batch_only_without_the_option(
+    option: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_order, "USUAL", work_order.Device(1, 1 << 20))  # busy with two programs
+    work_order.device.cache_clear()
+    q, k, v, dout = (torch.randn(2, heads, 40, 16) for heads in (8, 1, 1, 8))
     found = []
     for batch in (slice(0, 2), slice(0, 1)):
         leaves = [t[batch].clone().requires_grad_() for t in (q, k, v)]
-        bias = torch.linspace(-1, 1, 1600).view(2, 20, 40).requires_grad_()
-        out = flex_attention(
-            *leaves,
-            lambda s, b, h, q, kv, t=bias: s + t[h, q, kv],
-            backend="triton",
-            batch_invariant=True,
-            kernel_options=TILES,
-        )
-        found.append([out, *torch.autograd.grad(out, leaves, dout[batch])])
-    for together, alone in zip(*found, strict=True):
-        assert torch.equal(together[:1].view(torch.int32), alone.view(torch.int32))
+        said = {"batch_invariant": option, "backend": "triton", "kernel_options": TILES, "enable_gqa": True}
+        out = flex_attention(*leaves, **said)
+        found.append(torch.autograd.grad(out, leaves, dout[batch])[1])
+    work_order.device.cache_clear()
+    together, alone = found
+    assert torch.equal(together[:1].view(torch.int32), alone.view(torch.int32)) is option

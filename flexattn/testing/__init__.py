@@ -7,6 +7,7 @@ import sys
 from .causal import assert_causal
 from .descriptions import describe
 from .inputs import AttentionInputs
+from .invariance import assert_batch_invariant
 from .laws import LAWS, LawNotRun, check_laws
 from .leaks import assert_no_leak
 from .mask_diff import Counterexample, MaskDiff, mask_diff
@@ -19,6 +20,7 @@ __all__ = [
     "LawNotRun",
     "MaskDiff",
     "Sizes",
+    "assert_batch_invariant",
     "assert_causal",
     "assert_no_leak",
     "check_laws",

@@ -35,6 +35,7 @@ def assert_no_leak(
     kv_heads: int | None = None,
     head_dim: int = 16,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
     backend: str = "auto",
     kernel_options: Mapping[str, Any] | None = None,
     max_documents: int = 8,
@@ -63,6 +64,7 @@ def assert_no_leak(
             [B, heads, S, any]. Gradients are compared where its output requires grad.
         batch: entries of the batch, for ids [S]. Default: those of a block mask, else 1.
         heads, kv_heads, head_dim, dtype: of the tensors that are tried. Default: the heads of a block mask, else 2.
+        device: of these tensors. Default: that of the mask's tensors, or of `document_ids`.
         backend, kernel_options: of `flex_attention`. Its deterministic kernels are asked for, as bits are compared.
         max_documents: how many are changed, one at a time: the first, the last, and others evenly between.
         seed: of the random values.
@@ -87,8 +89,10 @@ def assert_no_leak(
     """
     if mask_mod is None and attention is None:
         raise TypeError("assert_no_leak needs a mask, or attention=, a function (query, key, value) -> out")
-    device = _device(mask_mod, document_ids)
-    ids = _Ids.of(document_ids, kv_document_ids, device)
+    if score_mod is not None and attention is not None:
+        raise ValueError("score_mod is for flex_attention, which attention= replaces; give one of them")
+    where = _device(mask_mod, document_ids) if device is None else torch.device(device)
+    ids = _Ids.of(document_ids, kv_document_ids, where)
     sizes = _sizes(ids, mask_mod, (batch, heads, kv_heads), head_dim)
     if max_documents < 1:
         raise ValueError(f"max_documents is {max_documents!r}; it must be at least 1")
@@ -104,7 +108,7 @@ def assert_no_leak(
         )
         suspects = "the score_mod, or report a fault of the kernel: the mask by itself keeps documents apart"
     rows = ids.expanded(sizes.B)
-    experiment = Experiment(attention, sizes, dtype, device, seed, rows.queries >= 0)
+    experiment = Experiment(attention, sizes, dtype, where, seed, rows.queries >= 0)
     _check_results(experiment, rows, max_documents, suspects)
 
 
@@ -122,11 +126,7 @@ class _Ids(NamedTuple):
                 found.append(found[0])
                 continue
             if isinstance(ids, Documents):
-                ids = (
-                    ids.document_ids[0]
-                    if ids.document_ids.dim() == 2 and len(ids.document_ids) == 1
-                    else ids.document_ids
-                )
+                ids = ids.seq_idx.squeeze(0)
             check_ids(name, ids)
             found.append(ids.to(device))
         check_same_dims("kv_document_ids", found[1], "document_ids", found[0])
@@ -143,18 +143,18 @@ def _sizes(ids: _Ids, mask: Any, given: tuple[int | None, int | None, int | None
     rows = ids.queries.shape[0] if ids.queries.dim() == 2 else None
     if rows is not None and batch not in (None, rows):
         raise ValueError(f"batch={batch}, but document_ids has {rows} rows; leave batch out")
-    batch = rows or batch or listed[0]
-    heads = heads or (listed[1] if listed[1] > 1 else 2)
-    sizes = Sizes(batch, heads, kv_heads or heads, ids.queries.shape[-1], ids.keys.shape[-1], head_dim, head_dim)
+    batch = rows or (listed[0] if batch is None else batch)
+    heads = (listed[1] if listed[1] > 1 else 2) if heads is None else heads
+    kv_heads = heads if kv_heads is None else kv_heads
+    sizes = Sizes(batch, heads, kv_heads, ids.queries.shape[-1], ids.keys.shape[-1], head_dim, head_dim)
     sizes.check()
     return sizes
 
 
 def _device(mask: Any, document_ids: Any) -> torch.device:
-    if mask is not None:
-        return device_of("assert_no_leak", mask)
+    of_mask = torch.device("cpu") if mask is None else device_of("assert_no_leak", mask)
     ids = document_ids.document_ids if isinstance(document_ids, Documents) else document_ids
-    return ids.device if isinstance(ids, Tensor) else torch.device("cpu")
+    return ids.device if of_mask.type == "cpu" and isinstance(ids, Tensor) else of_mask
 
 
 # ---- the mask

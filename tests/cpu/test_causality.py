@@ -136,7 +136,9 @@ def test_nan_is_the_same_as_nan() -> None:
         return torch.cat([v[:, :, :1] * float("nan"), v[:, :, 1:].cumsum(2)], 2)
 
     assert_causal(attention=undefined, shape=20)
-    late = lambda q, k, v: torch.cat([v[:, :, :1], v[:, :, 1:].cumsum(2).where(v[:, :, 19:].abs() < 9, float("nan"))], 2)
+    late = lambda q, k, v: torch.cat(
+        [v[:, :, :1], v[:, :, 1:].cumsum(2).where(v[:, :, 19:].abs() < 9, float("nan"))], 2
+    )
     assert "query 1 sees key 19." in text_of(attention=late, shape=20)
 
 

@@ -127,6 +127,10 @@ def test_wrong_arguments_are_refused() -> None:
         assert_no_leak(None, [1, 2], attention=layer())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch=3, but document_ids has 2 rows"):
         assert_no_leak(masks.causal_mask, batched, batch=3)
+    with pytest.raises(ValueError, match="give one of them"):
+        assert_no_leak(None, ids, attention=layer(), score_mod=lambda s, b, h, q, k: s)
+    with pytest.raises(ValueError, match="Hq is 0"):
+        assert_no_leak(masks.causal_mask, ids, heads=0)
     with pytest.raises(ValueError, match="max_documents is 0"):
         assert_no_leak(masks.causal_mask, ids, max_documents=0)
     with pytest.raises(ValueError, match="give both with the same batch"):

@@ -23,4 +23,6 @@ def test_a_lost_mask_leaks_through_the_kernels() -> None:
 
 
 def test_the_kernels_are_causal() -> None:
-    assert_causal(attention=lambda q, k, v: flex_attention(q, k, v, mask_mod=masks.causal_mask, backend="triton"), shape=20)
+    assert_causal(
+        attention=lambda q, k, v: flex_attention(q, k, v, mask_mod=masks.causal_mask, backend="triton"), shape=20
+    )

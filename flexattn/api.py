@@ -183,7 +183,7 @@ def flex_attention(
         call = batch_invariance.arranged(query, key, value, score_mod, mask_mod, block_mask, batch_invariant)
         query, key, value, score_mod, mask_mod, _ = call
     if mask_mod is not None:
-        block_mask = cached_block_mask(mask_mod, query, key)
+        block_mask = cached_block_mask(mask_mod, query, key, in_advance=call is None)
     lists: tuple[Tensor, ...] = ()
     block_size = (128, 128)
     if block_mask is not None:

@@ -30,11 +30,17 @@ _cache: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
-def cached_block_mask(mask_mod: Callable[..., Tensor], query: Tensor, key: Tensor) -> BlockMask:
-    """The block mask of `mask_mod` for these tensors; B and H are 1 where it does not depend on them."""
+def cached_block_mask(
+    mask_mod: Callable[..., Tensor], query: Tensor, key: Tensor, in_advance: bool = True
+) -> BlockMask:
+    """The block mask of `mask_mod` for these tensors; B and H are 1 where it does not depend on them.
+
+    `in_advance`: whether the caller could have built it outside of compiled code, which is then said.
+    """
     B, H, L, S = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     if torch.compiler.is_compiling():
-        say_rebuilt_mask()
+        if in_advance:
+            say_rebuilt_mask()
         return create_block_mask(mask_mod, B, H, L, S, device=query.device)
     if modes_are_active():  # what is built then may be fake, or a transform's
         return create_block_mask(mask_mod, B, H, L, S, device=query.device)

@@ -111,9 +111,7 @@ def explain(
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=score_dtype)
     parsed = variant(program)
     n = len(captured) - parsed.n_floats
-    found = _names((score_mod, mask_mod))
-    names = {f"c{i}": found[id(t)] for i, t in enumerate(captured[:n]) if id(t) in found}
-    names |= {f"f{i}": f"{float(t):g}" for i, t in enumerate(captured[n:])}
+    names = _names_in(captured, n, score_mod, mask_mod)
     lines = [
         f"c{i}: {names.get(f'c{i}', 'unnamed')}, {str(t.dtype)[6:]} {list(t.shape)}" for i, t in enumerate(captured[:n])
     ]
@@ -138,6 +136,22 @@ def explain(
                 print(f"{role} {describe(mod)}")
         print(f"\n{report}")
     return report
+
+
+def explain_mask(mask_mod: Callable[..., Tensor]) -> tuple[str, str]:
+    """The parts `formula` and `blocks` of the explanation of a mask alone: no kernel is looked at, so it is quick.
+
+    Raises `TraceError` for a mask that cannot be traced.
+
+    Example:
+        >>> import flexattn
+        >>> explain_mask(flexattn.masks.sliding_window(64))[1]
+        'keys of a query: kv_idx >= q_idx - 63 and kv_idx <= q_idx'
+    """
+    program, captured, _ = trace(None, mask_mod)
+    parsed = variant(program)
+    names = _names_in(captured, len(captured) - parsed.n_floats, None, mask_mod)
+    return "" if parsed.mask is None else formula({"keep": parsed.mask}, names), _blocks(parsed, names)
 
 
 def _blocks(parsed: Variant, names: Mapping[str, str]) -> str:
@@ -209,6 +223,13 @@ def _backend(parsed: Any) -> str:
 
 def _tracing(reason: str) -> str:
     return f"at every call, because {reason}" if reason else "once, until something that the mods reach changes"
+
+
+def _names_in(captured: Sequence[Tensor], n: int, *mods: Any) -> dict[str, str]:
+    """What formulas call the captured tensors, the first `n`, where the user named them, and the numbers after them."""
+    found = _names(mods)
+    names = {f"c{i}": found[id(t)] for i, t in enumerate(captured[:n]) if id(t) in found}
+    return names | {f"f{i}": f"{float(t):g}" for i, t in enumerate(captured[n:])}
 
 
 def _names(mods: tuple[Any, ...]) -> dict[int, str]:

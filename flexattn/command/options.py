@@ -1,0 +1,77 @@
+"""What the commands' parsers have in common: their help, their errors, and types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
+
+from .failures import Mistake
+from .notation import Notation, NotationError, parse
+from .output import Output
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+BACKENDS = ("auto", "triton", "tiled", "reference")
+MASK_HELP = "a mask: causal_mask, 'sliding_window(64)', 'causal_mask & ~chunked(8)', my.masks:NAME, file.py:NAME"
+MOD_HELP = "a score_mod or a mask: my.mods:NAME, file.py:NAME, 'my.mods:factory(30.0)', 'softcap(30)', or a mask"
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        name: the word.
+        summary: a line of `flexattn --help`.
+        description: the start of its own help.
+        example: a line that shows it.
+        add: adds its arguments to a parser.
+        run: does it; the exit code.
+    """
+
+    name: str
+    summary: str
+    description: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Output], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the lines of its help as they are written, and raises `Mistake` instead of leaving."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `Mistake` with the usage."""
+        raise Mistake(f"{message}\n{self.format_usage().strip()}")
+
+
+def notation(text: str) -> Notation:
+    """The type of an argument that names a mask or a mod."""
+    try:
+        return parse(text)
+    except NotationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """The type of an argument that is one of a few words."""
+    known = tuple(names)
+
+    def word(text: str) -> str:
+        if text not in known:
+            close = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
+            said = f"did you mean {close[0]}? " if close else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; {said}Write one of {', '.join(known)}")
+        return text
+
+    return word
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype."""
+    parser.add_argument(
+        "--dtype", type=one_of(DTYPES), metavar="DTYPE", help=f"of the query: {', '.join(DTYPES)} (default: float32)"
+    )

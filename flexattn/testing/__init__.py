@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .descriptions import describe
+from .inputs import AttentionInputs
+from .laws import LAWS, LawNotRun, check_laws
 from .sizes import Sizes
 
-__all__ = ["Sizes"]
+__all__ = ["LAWS", "AttentionInputs", "LawNotRun", "Sizes", "check_laws", "describe"]

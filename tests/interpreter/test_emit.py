@@ -10,7 +10,6 @@ import pytest
 import torch
 from assertions import assert_same
 from hypothesis import example, given, settings
-from kernels import apply_gradient, apply_mask_mod, apply_score_mod
 from one_tile import TILE, B, H, L, S, arguments_of, inputs_of, named_inputs
 from strategies import Mod, default_dtype, environment, inexact, integers, mask_mods, score_mods
 from torch import Tensor
@@ -23,6 +22,7 @@ from flexattn.codegen.pipeline import Variant, variant
 from flexattn.codegen.spec import SIGNATURES, apply, load
 from flexattn.codegen.trace import trace
 from flexattn.codegen.triton_text import SPELLING, never_negative
+from flexattn.templates.one_tile import apply_gradient, apply_mask_mod, apply_score_mod
 
 
 @settings(max_examples=60)

@@ -33,9 +33,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, default=8, metavar="N", help="heads (default: 8)")
     parser.add_argument("--head-dim", type=positive, default=64, metavar="N", help="of query and value (default: 64)")
     add_dtype(parser)
-    parser.add_argument("--device", type=one_of(("cpu", "cuda")), metavar="cpu|cuda", help="default: a GPU if there is one")
     parser.add_argument(
-        "--seconds", type=seconds, default=0.5, metavar="S", help="of measuring for each contender and pass (default: 0.5)"
+        "--device", type=one_of(("cpu", "cuda")), metavar="cpu|cuda", help="default: a GPU if there is one"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=0.5,
+        metavar="S",
+        help="of measuring for each contender and pass (default: 0.5)",
     )
     parser.add_argument("--compile", action="store_true", help="on a CPU too, time PyTorch's compiled flex_attention")
 
@@ -51,7 +57,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
-        raise Unavailable("--device cuda: there is no GPU here, or this PyTorch was built without CUDA; see flexattn info")
+        raise Unavailable(
+            "--device cuda: there is no GPU here, or this PyTorch was built without CUDA; see flexattn info"
+        )
     device = arguments.device or ("cuda" if gpu else "cpu")
     dtype = arguments.dtype or _DTYPE[device]
     results: list[dict[str, Any]] = []

@@ -43,7 +43,9 @@ def mask_shape(shape: Shape | None, *subjects: Subject, default: int = DEFAULT_L
 def block_mask(subject: Subject, shape: Shape | None, block_size: int | None) -> BlockMask:
     """The mask's lists. Raises `Mistake` for what does not fit, and for a mask that cannot be traced."""
     if subject.role == "block_mask" and block_size is not None and subject.value.BLOCK_SIZE != (block_size,) * 2:
-        raise Mistake(f"{subject.text} is a BlockMask with blocks of {subject.value.BLOCK_SIZE}; leave --block-size out")
+        raise Mistake(
+            f"{subject.text} is a BlockMask with blocks of {subject.value.BLOCK_SIZE}; leave --block-size out"
+        )
     sizes = mask_shape(shape, subject)
     if subject.role == "block_mask":
         made: BlockMask = subject.value

@@ -40,7 +40,9 @@ class Subject(NamedTuple):
     @property
     def mask_mod(self) -> Any:
         """The mask as a function, or None for a score_mod; that of a `BlockMask` says all that its lists say."""
-        return whole_mask_mod(self.value) if self.role == "block_mask" else self.value if self.role == "mask_mod" else None
+        return (
+            whole_mask_mod(self.value) if self.role == "block_mask" else self.value if self.role == "mask_mod" else None
+        )
 
     @property
     def score_mod(self) -> Any:
@@ -93,7 +95,9 @@ def read_sizes(score_mod: Any, mask_mod: Any) -> dict[str, int]:
 
 
 def _documents(*lengths: Any) -> Any:
-    return Documents.from_lengths(list(lengths[0]) if len(lengths) == 1 and isinstance(lengths[0], list) else lengths).mask()
+    return Documents.from_lengths(
+        list(lengths[0]) if len(lengths) == 1 and isinstance(lengths[0], list) else lengths
+    ).mask()
 
 
 def _alibi(slopes: int | Tensor) -> Any:
@@ -132,9 +136,11 @@ class _Builder:
         """Why a value is neither a mask nor a score_mod."""
         name = _text(tree)
         if not callable(made):
-            return f"{name} is a {type(made).__name__}; a mask_mod, a score_mod or a BlockMask is asked for"
+            return f"{name} is of type {type(made).__name__}; a mask_mod, a score_mod or a BlockMask is asked for"
         parameters = _parameters(made)
-        factory = f"If it makes one, call it: {name}({', '.join(parameters)})" if isinstance(tree, (Name, Reference)) else ""
+        factory = (
+            f"If it makes one, call it: {name}({', '.join(parameters)})" if isinstance(tree, (Name, Reference)) else ""
+        )
         takes = f"takes ({', '.join(parameters)})"
         return (
             f"{name} {takes}; a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, q_idx, kv_idx). {factory}"
@@ -169,7 +175,7 @@ class _Builder:
         function = self.build(tree.function)
         name = _text(tree.function)
         if not callable(function):
-            raise self.error(f"{name} is a {type(function).__name__}, which cannot be called", tree.place)
+            raise self.error(f"{name} is of type {type(function).__name__}, which cannot be called", tree.place)
         if _is_mod(function):
             raise self.error(f"{name} is itself a mod: write it without ()", tree.place)
         arguments = [self.argument(a) for a in tree.arguments]
@@ -202,7 +208,9 @@ def _looks_like_mod(function: Any) -> bool:
     return "kv_idx" in _parameters(function)
 
 
-def _converted(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _converted(
+    function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
     """The arguments with lists as what the parameter's annotation asks for. Raises `TypeError` where they do not fit it."""
     try:
         signature = inspect.signature(function)
@@ -224,7 +232,7 @@ def _parameters(function: Any, all_of_them: bool = False) -> list[str]:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return ["..."]
-    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    star: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return [
         star.get(p.kind, "") + p.name + ("" if p.default is p.empty else f"={p.default}")
         for p in found

@@ -12,7 +12,9 @@ from .output import Output, table
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Which of the two, and --yes."""
-    parser.add_argument("action", type=one_of(("list", "clear")), metavar="list|clear", help="show the entries, or delete them")
+    parser.add_argument(
+        "action", type=one_of(("list", "clear")), metavar="list|clear", help="show the entries, or delete them"
+    )
     parser.add_argument("--yes", action="store_true", help="clear without asking")
 
 

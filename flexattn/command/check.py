@@ -58,7 +58,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     sizes = _sizes(arguments, mods, ids)
     _check_backend(arguments.backend, dtype, arguments.head_dim)
     case = Case(mods, sizes, dtype, arguments.backend, ids, arguments.causal)
-    output.line(f"{mods.text}: {', '.join(f'{k}={v}' for k, v in sizes._asdict().items())}, {arguments.dtype or 'float32'}")
+    output.line(
+        f"{mods.text}: {', '.join(f'{k}={v}' for k, v in sizes._asdict().items())}, {arguments.dtype or 'float32'}"
+    )
     done: list[Outcome] = []
     for check in CHECKS:
         output.progress(f"{check.name}: {check.sentence}")
@@ -136,7 +138,9 @@ def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Siz
     if said is not None:
         for name, n in (("q_idx", said.Q_LEN), ("kv_idx", said.KV_LEN)):
             if ids is not None and n != ids.shape[-1]:
-                raise Mistake(f"--documents has {ids.shape[-1]} tokens, the shape {n} queries or keys; leave the shape out")
+                raise Mistake(
+                    f"--documents has {ids.shape[-1]} tokens, the shape {n} queries or keys; leave the shape out"
+                )
             known[name] = n
         known |= {name: n for name, n in (("b", said.B), ("h", said.H)) if n is not None}
     length = known.get("q_idx", known.get("kv_idx", usual.L))

@@ -137,7 +137,9 @@ def _causal(case: Case) -> None:
 CHECKS = (
     Check("trace", "the mods become a program", _trace),
     Check("laws", "the compiler's passes agree about it", _laws),
-    Check("reference", "output, lse and gradients agree with the definition in float64, element by element", _reference),
+    Check(
+        "reference", "output, lse and gradients agree with the definition in float64, element by element", _reference
+    ),
     Check(
         "gradients",
         "the generated derivative agrees with finite differences",

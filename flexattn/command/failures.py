@@ -56,6 +56,10 @@ def reading(what: str) -> Iterator[None]:
 def told(error: BaseException) -> str:
     """An exception in words: its text, after its name unless the text is made for people."""
     text = str(error).strip()
-    if isinstance(error, (AssertionError, Failure)) or type(error).__name__ in ("TraceError", "ValueError", "KernelError"):
+    if isinstance(error, (AssertionError, Failure)) or type(error).__name__ in (
+        "TraceError",
+        "ValueError",
+        "KernelError",
+    ):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -20,7 +20,9 @@ from .options import Command, Parser
 from .output import Output
 from .start import load_package
 
-COMMANDS: dict[str, Command] = {c.name: c for c in (m.COMMAND for m in (info, show, diff, explain, check, bench, cache))}
+COMMANDS: dict[str, Command] = {
+    c.name: c for c in (m.COMMAND for m in (info, show, diff, explain, check, bench, cache))
+}
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell gives a command whose reader went away
 _REFUSALS = ("TraceError", "KernelError", "ValueError", "TypeError", "IndexError", "NotImplementedError")
 
@@ -40,8 +42,12 @@ def parser() -> argparse.ArgumentParser:
             command.name, help=command.summary, description=command.description, epilog=f"example: {command.example}"
         )
         command.add(own)
-        own.add_argument("--json", action="store_true", help="write one JSON document on stdout, and nothing else there")
-        own.add_argument("--debug", action="store_true", help="show the traceback of an error; also by FLEXATTN_DEBUG=1")
+        own.add_argument(
+            "--json", action="store_true", help="write one JSON document on stdout, and nothing else there"
+        )
+        own.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error; also by FLEXATTN_DEBUG=1"
+        )
     return made
 
 

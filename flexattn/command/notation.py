@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -121,14 +122,16 @@ class _Reader:
             raise self.error("nothing is written here; write " + FORMS, 0)
         code = _REFERENCE.sub(self._set_aside, self.text)
         try:
-            node = ast.parse(code, mode="eval").body
+            with warnings.catch_warnings():  # of escapes in strings
+                warnings.simplefilter("ignore")
+                node = ast.parse(code, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            place = (getattr(error, "offset", 1) or 1) - 1
-            what = getattr(error, "msg", "") or type(error).__name__
-            raise self.error(f"not understood: {what}. Write {FORMS}", min(place, len(self.text))) from None
+            offset = getattr(error, "offset", None) or len(self.text) + 1  # none, or 0, is the end
+            what = (getattr(error, "msg", "") or type(error).__name__).rstrip(".?")
+            raise self.error(f"not understood: {what}. Write {FORMS}", min(offset - 1, len(self.text))) from None
         made = self.read(node)
         if isinstance(made, Literal):
-            raise self.error(f"a {type(made.value).__name__} is no mask. Write {FORMS}", made.place)
+            raise self.error(f"{made.value!r} is no mask. Write {FORMS}", made.place)
         return made
 
     def _set_aside(self, match: re.Match[str]) -> str:
@@ -192,6 +195,8 @@ class _Reader:
     def unary(self, node: Any) -> Tree:
         if isinstance(node.op, ast.Invert):
             return Combined("~", self.masks(node.operand), self.place(node))
+        if isinstance(node.op, ast.Not):
+            raise self.error("masks are combined by &, | and ~: write ~ instead of a word", self.place(node))
         return self.literal(node)
 
     def masks(self, *nodes: ast.expr) -> tuple[Tree, ...]:
@@ -209,7 +214,9 @@ class _Reader:
         try:
             return Literal(ast.literal_eval(node), self.place(node))
         except (ValueError, TypeError):
-            raise self.error("arguments are written out: numbers, strings, True, None, lists", self.place(node)) from None
+            raise self.error(
+                "arguments are written out: numbers, strings, True, None, lists", self.place(node)
+            ) from None
 
 
 _READERS: dict[type[ast.expr], Callable[[_Reader, Any], Tree]] = {

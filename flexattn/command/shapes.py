@@ -26,7 +26,9 @@ def shape(text: str) -> Shape:
     """`--shape`: Q,KV or B,H,Q,KV."""
     words = text.replace(" ", "").strip("()").split(",")
     if len(words) not in (2, 4) or not all(w.isdigit() for w in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write Q,KV or B,H,Q,KV, such as 512,1024 or 2,8,512,1024")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape; write Q,KV or B,H,Q,KV, such as 512,1024 or 2,8,512,1024"
+        )
     numbers = [int(w) for w in words]
     if 0 in numbers:
         raise argparse.ArgumentTypeError(f"{text!r} has a size of 0; sizes are 1 or more")

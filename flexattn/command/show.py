@@ -101,7 +101,9 @@ def _files(mask: BlockMask, arguments: argparse.Namespace) -> list[str]:
         try:
             figure = mask.plot(*place).figure
         except ImportError as error:
-            raise Unavailable(f"--png needs matplotlib: pip install flexattn[plot], or write --svg FILE ({error})") from error
+            raise Unavailable(
+                f"--png needs matplotlib: pip install flexattn[plot], or write --svg FILE ({error})"
+            ) from error
         with reading(f"--png {arguments.png}"):
             figure.savefig(arguments.png, format="png")
     return [str(path) for path in (arguments.svg, arguments.png) if path is not None]

@@ -72,7 +72,7 @@ def measure(problem: Problem, seconds: float, output: Output) -> list[Row]:
             if name == OURS:
                 raise
             row.not_run = f"not run: it failed: {told(error).splitlines()[0]}"
-        if row.not_run and name not in results or row.differs:
+        if row.differs or name not in results:
             row.attend = None
     _take_turns(rows, results, problem, seconds)
     return rows
@@ -96,12 +96,16 @@ def _difference(found: list[Tensor], ours: list[Tensor], problem: Problem) -> st
     Distances are relative, in the Euclidean norm. Rows without keys are NaN in some implementations: they are left out.
     """
     limit = 8 * torch.finfo(getattr(torch, problem.dtype)).eps + 128 * torch.finfo(torch.float32).eps
-    for name, a, b in zip(("output", "gradient of query", "gradient of key", "gradient of value"), found, ours, strict=False):
+    for name, a, b in zip(
+        ("output", "gradient of query", "gradient of key", "gradient of value"), found, ours, strict=False
+    ):
         a, b = a.double(), b.double()
         a = torch.where((b == 0) & a.isnan(), 0.0, a)
         distance = float((a - b).norm() / b.norm().clamp(min=torch.finfo(torch.float32).tiny))
         if not distance <= limit:
-            return f"not timed: its {name} is not flexattn's: relative distance {distance:.2g}, roundings give {limit:.2g}"
+            return (
+                f"not timed: its {name} is not flexattn's: relative distance {distance:.2g}, roundings give {limit:.2g}"
+            )
     return ""
 
 

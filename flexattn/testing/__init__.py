@@ -5,6 +5,17 @@ from __future__ import annotations
 from .descriptions import describe
 from .inputs import AttentionInputs
 from .laws import LAWS, LawNotRun, check_laws
+from .mask_diff import Counterexample, MaskDiff, mask_diff
 from .sizes import Sizes
 
-__all__ = ["LAWS", "AttentionInputs", "LawNotRun", "Sizes", "check_laws", "describe"]
+__all__ = [
+    "LAWS",
+    "AttentionInputs",
+    "Counterexample",
+    "LawNotRun",
+    "MaskDiff",
+    "Sizes",
+    "check_laws",
+    "describe",
+    "mask_diff",
+]

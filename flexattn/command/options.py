@@ -62,9 +62,9 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
     def word(text: str) -> str:
         if text not in known:
-            close = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
-            said = f"did you mean {close[0]}? " if close else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown; {said}Write one of {', '.join(known)}")
+            close = difflib.get_close_matches(text, known, n=1, cutoff=0.7)
+            said = f"; did you mean {close[0]}?" if close else "."
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{said} Write one of {', '.join(known)}")
         return text
 
     return word

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             "blocks": counted,
             "formula": formula,
             "keys": keys.splitlines(),
-            "picture": drawn.splitlines(),
+            "picture": drawn,
             "elements": None if keep is None else keep.int().tolist(),
             "files": files,
         }

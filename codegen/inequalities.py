@@ -15,7 +15,7 @@ from .polynomials import Monomial, Polynomial, Terms
 _MOST_ROWS = 160
 
 
-class Exhausted(Exception):  # noqa: N818  # no error: the work that was allowed is done
+class Exhausted(Exception):
     """The work that may be done is done."""
 
 

@@ -56,7 +56,7 @@ def never(mask: Node, lengths: Mapping[str, int] | None = None, work: int = _WOR
         return False
 
 
-class _Contradiction(Exception):  # noqa: N818  # what a proof looks for
+class _Contradiction(Exception):
     """A case that cannot be."""
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from .causal import assert_causal
 from .descriptions import describe
 from .inputs import AttentionInputs
 from .laws import LAWS, LawNotRun, check_laws
+from .leaks import assert_no_leak
 from .mask_diff import Counterexample, MaskDiff, mask_diff
 from .sizes import Sizes
 
@@ -15,6 +17,8 @@ __all__ = [
     "LawNotRun",
     "MaskDiff",
     "Sizes",
+    "assert_causal",
+    "assert_no_leak",
     "check_laws",
     "describe",
     "mask_diff",

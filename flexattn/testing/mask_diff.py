@@ -122,7 +122,7 @@ def mask_diff(
         IndexError: for a captured tensor that is shorter than the positions it is read at.
 
     Example:
-        >>> import flexattn
+        >>> import flexattn.testing
         >>> window = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx <= 64)
         >>> diff = flexattn.testing.mask_diff(window, flexattn.masks.sliding_window(64), 256)
         >>> diff.count, diff.counterexample

@@ -11,7 +11,7 @@ from .search import Element, Found
 from .traced_mask import Shape, TracedMask
 
 _ROWS, _COLUMNS = 12, 24  # elements, or cells of the map
-_SIGNS = ".AB1"  # by what attends: neither, only A, only B, both
+_SIGNS = ".AB1"
 _MEANING = "1 both attend   . neither\nA only A        B only B"
 _CELLS = ".+#"  # nowhere, in some blocks, in all elements
 
@@ -19,22 +19,23 @@ _CELLS = ".+#"  # nowhere, in some blocks, in all elements
 def picture_of(masks: Sequence[TracedMask], found: Found, shape: Shape) -> str:
     """The picture of a difference that was found between masks A and B, up to 40 columns wide."""
     assert found.first is not None
-    parts = [_elements(masks, found.first, shape), _MEANING]
+    parts = [drawn(masks, found.first, shape, _SIGNS, _MEANING)]
     if shape[2] > _ROWS or shape[3] > _COLUMNS:
         parts += ["", _map(found, shape)]
     return "\n".join(parts)
 
 
-def _elements(masks: Sequence[TracedMask], at: Element, shape: Shape) -> str:
+def drawn(masks: Sequence[TracedMask], at: Element, shape: Shape, signs: str, meaning: str) -> str:
+    """The elements of two masks around one of them. `signs`: for neither, the first alone, the second alone, both."""
     (q, q_stop), (kv, kv_stop) = _around(at.q_idx, _ROWS, shape[2]), _around(at.kv_idx, _COLUMNS, shape[3])
     q_idx, kv_idx = torch.arange(q, q_stop).view(-1, 1), torch.arange(kv, kv_stop)
-    in_a, in_b = (mask.values(at.b, at.h, q_idx, kv_idx).cpu() for mask in masks)
+    first, second = (mask.values(at.b, at.h, q_idx, kv_idx).int().cpu() for mask in masks)
     width = len(str(q_stop - 1))
     lines = [f"kv_idx {kv} to {kv_stop - 1}"]
-    for row, signs in enumerate((in_a + 2 * in_b.int()).tolist(), start=q):
+    for row, kinds in enumerate((first + 2 * second).tolist(), start=q):
         mark = ">" if row == at.q_idx else " "
-        lines.append(f"{mark} q_idx {row:{width}}  " + "".join(_SIGNS[s] for s in signs))
-    return "\n".join(lines)
+        lines.append(f"{mark} q_idx {row:{width}}  " + "".join(signs[kind] for kind in kinds))
+    return "\n".join([*lines, meaning])
 
 
 def _around(place: int, size: int, length: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class Element(NamedTuple):
     kv_idx: int
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """What a search found.
 
     Attributes:
@@ -61,9 +63,7 @@ def search(mask_mod: MaskMod, shape: Shape, device: torch.device, memory: int = 
     if 0 in shape or (proved and not traced.may_wrap(shape, memory // 4)):
         return Found(proved, 0, None, None)
     size = tuple(min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (n // _BLOCKS_A_SIDE).bit_length())) for n in shape[2:])
-    blocks = create_block_mask(
-        traced.mask_mod, *shape, device=device, BLOCK_SIZE=(size[0], size[1]), max_memory=memory
-    )
+    blocks = create_block_mask(traced.mask_mod, *shape, device=device, BLOCK_SIZE=(size[0], size[1]), max_memory=memory)
     work = _Search(traced, blocks, shape, memory)
     count = work.count()
     return Found(proved and count == 0, count, work.first() if count else None, blocks if count else None)

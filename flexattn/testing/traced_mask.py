@@ -20,11 +20,12 @@ from ..codegen.simplify import simplify
 from ..codegen.spec import substitute
 from ..codegen.trace import describe, trace
 from ..mask_algebra import whole_mask_mod
-from ..mask_object import MaskObject
+from ..mask_object import MaskObject, name_of
 from ..masks.combine import check_callable
 
 MaskMod = Callable[..., Tensor]
 Shape = tuple[int, int, int, int]
+_OWN = f"{__name__.partition('.')[0]}."
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ def mask_function(function: str, mask: Any, shape: Shape) -> MaskMod:
 def called(mask: Any) -> str:
     """What a mask is called in a report: a mask of this package as it prints, a function with file and line."""
     if isinstance(mask, BlockMask):
-        return f"BlockMask of {called(mask.mask_mod)}"
+        return f"BlockMask of {called(mask.mask_mod)}" + ("" if mask.is_exact else ", by its lists")
     if isinstance(mask, (MaskObject, Replay)):
         return repr(mask)
+    if getattr(mask, "__module__", "").startswith(_OWN):
+        return name_of(mask)
     return describe(mask)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..codegen.trace import trace
+from ..masks import noop_mask
 from ..testing import Sizes, assert_causal, assert_matches_reference, assert_no_leak, gradcheck
 from ..testing.laws import LawNotRun, check_laws
 from .pairs import Pair
@@ -115,14 +116,22 @@ def _gradients(case: Case) -> None:
     gradcheck(case.mods.score_mod, case.mods.mask_mod)
 
 
+def _mask(case: Case) -> Any:
+    """The mask, where one has to be named: none attends everywhere."""
+    mods = case.mods
+    return mods.block_mask if mods.block_mask is not None else mods.mask_mod or noop_mask
+
+
 def _leaks(case: Case) -> None:
     assert case.documents is not None
-    mods, sizes = case.mods, case.sizes
+    sizes = case.sizes
     assert_no_leak(
-        mods.mask_mod,
+        _mask(case),
         case.documents,
-        score_mod=mods.score_mod,
+        score_mod=case.mods.score_mod,
+        batch=sizes.B if case.documents.dim() == 1 else None,
         heads=sizes.Hq,
+        kv_heads=sizes.Hkv,
         head_dim=sizes.E,
         dtype=case.dtype,
         backend=case.backend,
@@ -131,7 +140,7 @@ def _leaks(case: Case) -> None:
 
 def _causal(case: Case) -> None:
     sizes = case.sizes
-    assert_causal(case.mods.mask_mod, (sizes.B, sizes.Hq, sizes.L, sizes.S))
+    assert_causal(_mask(case), (sizes.B, sizes.Hq, sizes.L, sizes.S))
 
 
 CHECKS = (

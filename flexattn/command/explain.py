@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import asdict
 
 from .failures import FINE, Mistake, Unavailable, reading
@@ -53,22 +54,20 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             target=arguments.target,
             quiet=True,
         )
-    sections = asdict(report)
+    sections = {name: text if isinstance(text, str) else "\n".join(text) for name, text in asdict(report).items()}
     wanted = tuple(arguments.section or SECTIONS)
     named = {role: None if mod is None else describe(mod) for role, mod in mods.roles.items()}
-    output.document({**named, **{name: sections[name] for name in wanted}})
-    if len(wanted) == 1:
-        found = sections[wanted[0]]
-        output.line(found if isinstance(found, str) else "\n".join(found) or "nothing")
-    elif arguments.section is None:
+    output.document({**named, **{name: asdict(report)[name] for name in wanted}})
+    if arguments.section is None:
         for role, name in named.items():
             if name is not None:
                 output.line(f"{role} {name}")
         output.line(f"\n{report}")
+    elif len(wanted) == 1:
+        output.line(sections[wanted[0]] or "nothing")
     else:
-        for name in wanted:
-            text = sections[name] if isinstance(sections[name], str) else "\n".join(sections[name])
-            output.line("\n".join([name, *(f"  {line}" for line in (text or "nothing").splitlines()), ""]))
+        indented = (textwrap.indent(sections[name] or "nothing", "  ") for name in wanted)
+        output.line("\n\n".join(f"{name}\n{text}" for name, text in zip(wanted, indented, strict=True)))
     return FINE
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .failures import Mistake
 from .notation import Notation, NotationError, parse
-from .output import Output
+from .output import Output, width
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -41,11 +41,15 @@ class Parser(argparse.ArgumentParser):
     """A parser that keeps the lines of its help as they are written, and raises `Mistake` instead of leaving."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(**options, formatter_class=_formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise `Mistake` with the usage."""
-        raise Mistake(f"{message}\n{self.format_usage().strip()}")
+        """Raise `Mistake`, with the usage unless the message is about one argument and says what to write there."""
+        raise Mistake(message if message.startswith("argument ") else f"{message}\n{self.format_usage().strip()}")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, width=width())
 
 
 def notation(text: str) -> Notation:

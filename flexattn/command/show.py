@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         ("blocks", f"of {rows} x {columns}: {counted.full} full, {counted.partial} partial, {counted.empty} empty"),
         ("sparsity", f"{mask.sparsity():.4g} %"),
         *_labelled("formula", formula or "everything is attended"),
-        *_labelled("keys", keys.replace("keys of a query: ", "")),
+        *(_labelled_line(line) for line in keys.splitlines()),
     ]
     if B * H > 1:
         facts.insert(2, ("drawn", f"batch {place[0]}, head {place[1]}"))
@@ -89,6 +89,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _labelled(label: str, text: str) -> list[tuple[str, str]]:
     """Rows of a text of several lines, of which the first has the label."""
     return [(label if number == 0 else "", line) for number, line in enumerate(text.splitlines())]
+
+
+def _labelled_line(line: str) -> tuple[str, str]:
+    """A line of `Explanation.blocks`: "simplified: ..." or "keys of a query: ..."."""
+    label, _, text = line.partition(": ")
+    return (label.split(" ")[0], text) if text else ("", line)
 
 
 def _files(mask: BlockMask, arguments: argparse.Namespace) -> list[str]:

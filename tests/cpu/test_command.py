@@ -100,33 +100,67 @@ def test_no_command_is_a_mistake(run: Runner) -> None:
 
 
 MISTAKES = {
-    ("shwo", "causal_mask"): "there is no command 'shwo'; the commands are info, show, diff, explain, check, bench, cache; "
+    (
+        "shwo",
+        "causal_mask",
+    ): "there is no command 'shwo'; the commands are info, show, diff, explain, check, bench, cache; "
     "did you mean `flexattn show`?",
-    ("zzz",): "there is no command 'zzz'; the commands are info, show, diff, explain, check, bench, cache; flexattn --help",
+    (
+        "zzz",
+    ): "there is no command 'zzz'; the commands are info, show, diff, explain, check, bench, cache; flexattn --help",
     ("show",): "the following arguments are required: MASK\nusage: flexattn show",
     ("show", "causal_mask", "--lenght", "3"): "unrecognized arguments: --lenght 3",
     ("show", "causal_mask", "--length", "0"): "argument --length: '0' is no whole number from 1 on, such as 128",
     ("show", "causal_mask", "--length", "12.5"): "'12.5' is no whole number from 1 on",
     ("show", "causal_mask", "--length", "4", "--shape", "4,4"): "argument --shape: not allowed with argument --length",
-    ("show", "causal_mask", "--shape", "4"): "'4' is no shape; write Q,KV or B,H,Q,KV, such as 512,1024 or 2,8,512,1024",
+    (
+        "show",
+        "causal_mask",
+        "--shape",
+        "4",
+    ): "'4' is no shape; write Q,KV or B,H,Q,KV, such as 512,1024 or 2,8,512,1024",
     ("show", "causal_mask", "--shape", "4x4"): "'4x4' is no shape",
     ("show", "causal_mask", "--shape", "4,0"): "'4,0' has a size of 0; sizes are 1 or more",
     ("show", "causal_mask", "--head", "-1"): "'-1' is no whole number from 0 on",
     ("show", "causal_mask", "--head", "x"): "'x' is no whole number from 0 on",
-    ("show", "causl_mask"): "argument MASK: 'causl_mask' is no name of flexattn.masks or flexattn.mods; did you mean causal_mask?",
+    (
+        "show",
+        "causl_mask",
+    ): "argument MASK: 'causl_mask' is no name of flexattn.masks or flexattn.mods; did you mean causal_mask?",
     ("show", "causal_mask", "--head", "1"): "--head 1: the mask has 1, counted from 0; --shape B,H,Q,KV gives it more",
     ("show", "softcap(3)"): "softcap(3) takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask is asked for",
     ("show", "own:branches"): "own.py:30 uses `if` on a traced value",
     ("show", "own:same", "--length", "9"): "own:same: IndexError: the mask reads a captured tensor of shape [5]",
-    ("show", "causal_mask", "--length", "4", "--svg", "no/such/folder.svg"): "--svg no/such/folder.svg: FileNotFoundError",
+    (
+        "show",
+        "causal_mask",
+        "--length",
+        "4",
+        "--svg",
+        "no/such/folder.svg",
+    ): "--svg no/such/folder.svg: FileNotFoundError",
     ("diff", "causal_mask"): "the following arguments are required: MASK_B",
     ("diff", "causal_mask", "softcap(3)"): "it is a score_mod, and a mask is asked for",
     ("diff", "causal_mask", "own:branches"): "own.py:30 uses `if`",
-    ("explain", "softcap(3)", "--section", "formulas"): "'formulas' is unknown; did you mean formula? Write one of program",
-    ("explain", "softcap(3)", "--dtype", "fp16"): "argument --dtype: 'fp16' is unknown; did you mean float16? Write one of",
+    (
+        "explain",
+        "softcap(3)",
+        "--section",
+        "formulas",
+    ): "'formulas' is unknown; did you mean formula? Write one of program",
+    (
+        "explain",
+        "softcap(3)",
+        "--dtype",
+        "fp16",
+    ): "argument --dtype: 'fp16' is unknown; did you mean float16? Write one of",
     ("explain", "softcap(3)", "--target", "h100"): "--target: unknown target 'h100'; known are sm_80",
-    ("explain", "causal_mask", "--mask", "own:same"): "causal_mask is a mask, and --mask own:same is another one; combine them: "
-    "'causal_mask & own:same'",
+    (
+        "explain",
+        "causal_mask",
+        "--mask",
+        "own:same",
+    ): "causal_mask is a mask, and --mask own:same is another one; combine them: 'causal_mask & own:same'",
     ("bench", "--seconds", "0"): "argument --seconds: '0' is no number of seconds, such as 0.5",
     ("bench", "--seconds", "nan"): "'nan' is no number of seconds",
     ("bench", "--device", "gpu"): "'gpu' is unknown. Write one of cpu, cuda",
@@ -141,7 +175,9 @@ def test_a_mistake_is_answered_without_a_traceback(run: Runner, words: tuple[str
     assert ran.code == 2
     assert MISTAKES[words] in ran.err
     known = words[0] in main.COMMANDS
-    assert ran.err.startswith(f"flexattn {words[0]}: error: " if known else "flexattn: error: ", ran.err.find("flexattn"))
+    assert ran.err.startswith(
+        f"flexattn {words[0]}: error: " if known else "flexattn: error: ", ran.err.find("flexattn")
+    )
     assert "Traceback" not in ran.err and "Traceback" not in ran.out
 
 
@@ -207,7 +243,9 @@ def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-SCRIPT = "import sys; sys.argv = ['bin/flexattn', *sys.argv[1:]]; from flexattn.command.main import main; sys.exit(main())"
+SCRIPT = (
+    "import sys; sys.argv = ['bin/flexattn', *sys.argv[1:]]; from flexattn.command.main import main; sys.exit(main())"
+)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +257,9 @@ def test_help_and_mistakes_do_not_wait_for_pytorch(words: tuple[str, ...], code:
     for way in (("-m", "flexattn"), ("-c", SCRIPT)):
         ran = process(*way, *words)
         assert ran.returncode == code, ran.stderr[-2000:]
-        imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")}
+        imported = {
+            line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")
+        }
         assert "flexattn.command.main" in imported
         assert not imported & {"torch", "triton", "sympy", "numpy"}
 
@@ -480,7 +520,7 @@ def test_sections_are_chosen(run: Runner) -> None:
     assert run("explain", "softcap(2)", "--section", "formula").out == "score' = tanh(score / 2) * 2\n"
     assert run("explain", "sliding_window(3)", "--section", "captured").out == "nothing\n"
     two = run("explain", "causal_mask", "--section", "blocks", "--section", "captured")
-    assert two.out == "blocks\n  keys of a query: kv_idx <= q_idx\n\ncaptured\n  nothing\n\n"
+    assert two.out == "blocks\n  keys of a query: kv_idx <= q_idx\n\ncaptured\n  nothing\n"
     assert list(run.json("explain", "causal_mask", "--section", "blocks"))[2:] == ["score_mod", "mask_mod", "blocks"]
 
 
@@ -500,12 +540,20 @@ def test_a_target_is_compiled_for_or_refused(run: Runner) -> None:
 # ---- cache
 
 ENTRY = tuning_cache.Entry(
-    tuning_cache.Machine("GPU X", "90", "3.7"), {"pass": "forward", "E": 64}, {"BLOCK_M": 128}, {"a": 1.5, "b": float("inf")}
+    tuning_cache.Machine("GPU X", "90", "3.7"),
+    {"pass": "forward", "E": 64},
+    {"BLOCK_M": 128},
+    {"a": 1.5, "b": float("inf")},
 )
 
 
 def test_the_cache_is_listed_and_cleared(run: Runner, tmp_path: Path) -> None:
-    assert run.json("cache", "list") == {"schema": 1, "command": "cache", "folder": str(tmp_path / "cache"), "entries": []}
+    assert run.json("cache", "list") == {
+        "schema": 1,
+        "command": "cache",
+        "folder": str(tmp_path / "cache"),
+        "entries": [],
+    }
     tuning_cache.store(ENTRY)
     (entry,) = run.json("cache", "list")["entries"]
     assert entry["machine"] == {"gpu": "GPU X", "architecture": "90", "triton": "3.7"}

@@ -19,7 +19,7 @@ from flexattn.command import build, notation
 from flexattn.command.failures import Mistake
 from flexattn.command.notation import NotationError, parse
 
-MODULE = '''
+MODULE = """
 import torch
 import flexattn
 from torch import nn
@@ -62,7 +62,7 @@ class Holder:
 
 
 block = flexattn.create_block_mask(before, None, None, 4, 4, device="cpu", BLOCK_SIZE=2)
-'''
+"""
 
 
 @pytest.fixture
@@ -181,7 +181,9 @@ def test_score_mods_are_told_by_their_arguments(folder: Path) -> None:
         assert (found.role, found.mask_mod) == ("score_mod", None)
         if mod is not None:
             assert torch.equal(found.score_mod(torch.tensor(3.0), *at), mod(torch.tensor(3.0), *at)), text
-    with pytest.raises(Mistake, match=re.escape("softcap(2) takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask")):
+    with pytest.raises(
+        Mistake, match=re.escape("softcap(2) takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask")
+    ):
         build.mask(parse("softcap(2)"))
 
 
@@ -236,7 +238,10 @@ def test_a_refusal_points_at_the_place(text: str) -> None:
 
 
 REFUSED_WHEN_BUILT = {
-    "sliding_window": (0, "sliding_window takes (size); a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, "),
+    "sliding_window": (
+        0,
+        "sliding_window takes (size); a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, ",
+    ),
     "causal": (0, "If it makes one, call it: causal()"),
     "sliding_window()": (0, "missing a required argument: 'size'; write sliding_window(size)"),
     "sliding_window(3, 4)": (0, "too many positional arguments; write sliding_window(size)"),
@@ -255,10 +260,16 @@ REFUSED_WHEN_BUILT = {
     "ownmasks.few:window": (0, "call it: ownmasks.few:window(size)"),
     "ownmasks.few:window()": (0, "missing a required argument: 'size'; write ownmasks.few:window(size, left=0)"),
     "ownmasks.few:fails(3)": (0, "ownmasks.few:fails: RuntimeError: no such size"),
-    "ownmasks.many:window(3)": (0, "there is no module 'ownmasks.many' in this folder or on the Python path; a file is named"),
+    "ownmasks.many:window(3)": (
+        0,
+        "there is no module 'ownmasks.many' in this folder or on the Python path; a file is named",
+    ),
     "nomasks:window(3)": (0, "by its path: nomasks.py:NAME"),
     "nomasks.py:window(3)": (0, "there is no file 'nomasks.py'"),
-    "broken:mask": (0, "module 'broken' cannot be imported: ModuleNotFoundError: No module named 'no_such_thing_at_all'"),
+    "broken:mask": (
+        0,
+        "module 'broken' cannot be imported: ModuleNotFoundError: No module named 'no_such_thing_at_all'",
+    ),
     "fallen:mask": (0, "module 'fallen' cannot be imported: fell over"),
     "fallen.py:mask": (0, "'fallen.py' cannot be imported: fell over"),
 }

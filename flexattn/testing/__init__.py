@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .matches import assert_matches_reference
 from .sizes import Sizes
 
-__all__ = ["Sizes"]
+__all__ = ["Sizes", "assert_matches_reference"]

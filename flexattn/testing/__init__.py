@@ -8,6 +8,7 @@ from .inputs import AttentionInputs
 from .laws import LAWS, LawNotRun, check_laws
 from .leaks import assert_no_leak
 from .mask_diff import Counterexample, MaskDiff, mask_diff
+from .matches import assert_matches_reference
 from .sizes import Sizes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MaskDiff",
     "Sizes",
     "assert_causal",
+    "assert_matches_reference",
     "assert_no_leak",
     "check_laws",
     "describe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .failures import DIFFERS, FINE, Unavailable
+from .failures import DIFFERS, FINE, Mistake, Unavailable
 from .options import MASK_HELP, MOD_HELP, Command, add_dtype, notation, one_of
 from .output import Output, table
 from .shapes import positive, seconds
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     for text in arguments.mods or [parse("causal_mask")]:
         with torch.device(device):  # so that tensors that a mod makes are where the query is
             mods = pair(text, arguments.mask)
-        for length in arguments.length or _lengths(mods, _LENGTH[device]):
+        for length in _lengths(mods, arguments.length, _LENGTH[device]):
             sizes = arguments.batch, arguments.heads, length, arguments.head_dim
             problem = Problem.of(mods, sizes, dtype, device, compiles=gpu or arguments.compile)
             rows = measure(problem, arguments.seconds, output)
@@ -77,13 +77,20 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return DIFFERS if wrong else FINE
 
 
-def _lengths(mods: Any, default: int) -> list[int]:
+def _lengths(mods: Any, said: list[int] | None, default: int) -> list[int]:
+    """The lengths to time: as said, else as long as what is read. Raises `Mistake` for another than that of a `BlockMask`."""
     from .build import read_sizes
 
     if mods.block_mask is not None:
-        return [mods.block_mask.seq_lengths[0]]
+        Q_LEN, KV_LEN = mods.block_mask.seq_lengths
+        if Q_LEN != KV_LEN or any(n != Q_LEN for n in said or ()):
+            raise Mistake(
+                f"{mods.text}: a BlockMask made for lengths (Q_LEN, KV_LEN) = {(Q_LEN, KV_LEN)}; bench times queries and keys "
+                "of one length, and that of the BlockMask: leave --length out, or name its mask function"
+            )
+        return [Q_LEN]
     read = read_sizes(mods.score_mod, mods.mask_mod)
-    return [min((read[axis] for axis in ("q_idx", "kv_idx") if axis in read), default=default)]
+    return said or [min((read[axis] for axis in ("q_idx", "kv_idx") if axis in read), default=default)]
 
 
 def _device(device: str) -> str:

@@ -42,7 +42,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def documents(text: str) -> Any:
     """`--documents`: lengths, or a notation."""
     words = text.replace(" ", "").split(",")
-    return [int(w) for w in words] if all(re.fullmatch(r"\d+", w) for w in words) else notation(text)
+    if all(re.fullmatch(r"\d+", w) for w in words):
+        return [int(w) for w in words]
+    if ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no lengths; write 60,40,60, or MODULE:NAME of ids or of a Documents"
+        )
+    return notation(text)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:

@@ -16,6 +16,11 @@ BACKENDS = ("auto", "triton", "tiled", "reference")
 MASK_HELP = "a mask: causal_mask, 'sliding_window(64)', 'causal_mask & ~chunked(8)', my.masks:NAME, file.py:NAME"
 MOD_HELP = "a score_mod or a mask: my.mods:NAME, file.py:NAME, 'my.mods:factory(30.0)', 'softcap(30)', or a mask"
 
+_MEANT = {  # names that others use
+    "half": "float16", "fp16": "float16", "f16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32",
+    "f32": "float32", "double": "float64", "fp64": "float64", "f64": "float64", "gpu": "cuda",
+}  # fmt: skip
+
 
 class Command(NamedTuple):
     """A command.
@@ -66,7 +71,9 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
     def word(text: str) -> str:
         if text not in known:
-            close = difflib.get_close_matches(text, known, n=1, cutoff=0.7)
+            close = (
+                [_MEANT[text]] if _MEANT.get(text) in known else difflib.get_close_matches(text, known, n=1, cutoff=0.7)
+            )
             said = f"; did you mean {close[0]}?" if close else "."
             raise argparse.ArgumentTypeError(f"{text!r} is unknown{said} Write one of {', '.join(known)}")
         return text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .gradients import Gradcheck, gradcheck
 from .matches import assert_matches_reference
 from .sizes import Sizes
 
-__all__ = ["Sizes", "assert_matches_reference"]
+__all__ = ["Gradcheck", "Sizes", "assert_matches_reference", "gradcheck"]

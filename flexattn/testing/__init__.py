@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .causal import assert_causal
 from .descriptions import describe
+from .gradients import Gradcheck, gradcheck
 from .inputs import AttentionInputs
 from .laws import LAWS, LawNotRun, check_laws
 from .leaks import assert_no_leak
@@ -15,6 +16,7 @@ __all__ = [
     "LAWS",
     "AttentionInputs",
     "Counterexample",
+    "Gradcheck",
     "LawNotRun",
     "MaskDiff",
     "Sizes",
@@ -23,5 +25,6 @@ __all__ = [
     "assert_no_leak",
     "check_laws",
     "describe",
+    "gradcheck",
     "mask_diff",
 ]

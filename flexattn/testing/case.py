@@ -102,12 +102,23 @@ class Case:
         scale = 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
         return Problem(q, k, v, traced.captured, lists, traced.ints, size, parsed, scale)
 
-    def outcome(self, sizes: Sizes, check: bool = False) -> Outcome:
-        """What is wrong at these sizes. `check`: raise `ValueError` where a captured tensor is too short for them."""
+    def check_indices(self, sizes: Sizes) -> None:
+        """Raise `ValueError` where an attended element reads beyond a captured tensor: the kernel would read its border."""
+        problem = self.problem(self.operands(sizes), self.masked(sizes))
+        try:
+            with torch.no_grad():
+                check_indices(problem)
+        except IndexError as error:
+            shapes = ", ".join(f"c{i} {tuple(t.shape)}" for i, t in enumerate(problem.tensors))
+            raise ValueError(
+                f"{error}. The captured tensors have shapes {shapes}, the problem is {sizes}. Pass shape=Sizes(...) that they "
+                "are made for, or larger tensors"
+            ) from None
+
+    def outcome(self, sizes: Sizes) -> Outcome:
+        """What is wrong at these sizes."""
         operands, blocks = self.operands(sizes), self.masked(sizes)
         problem = self.problem(operands, blocks)
-        if check:
-            _check_indices(problem, sizes)
         found, wanted = self.found(operands, problem, blocks)
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in problem.tensors]
         problem = problem._replace(captured=[*leaves, *problem.floats])
@@ -240,16 +251,3 @@ def _check_shapes(found: Results, operands: Operands) -> None:
     for name, wanted in (("out", shape), ("lse", shape[:3])):
         if name in found and found[name].shape != wanted:
             raise ValueError(f"attention returned {name} of shape {tuple(found[name].shape)}; it must be {tuple(wanted)}")
-
-
-def _check_indices(problem: Problem, sizes: Sizes) -> None:
-    """Raise `ValueError` where an attended element reads beyond a captured tensor: the kernel would read its border."""
-    try:
-        with torch.no_grad():
-            check_indices(problem)
-    except IndexError as error:
-        shapes = ", ".join(f"c{i} {tuple(t.shape)}" for i, t in enumerate(problem.tensors))
-        raise ValueError(
-            f"{error}. The captured tensors have shapes {shapes}, the problem is {sizes}. Pass shape=Sizes(...) that they are "
-            "made for, or larger tensors"
-        ) from None

@@ -14,7 +14,6 @@ from ..testing import Sizes, assert_causal, assert_matches_reference, assert_no_
 from ..testing.laws import LawNotRun, check_laws
 from .pairs import Pair
 
-
 _SMALL = Sizes(2, 64, 64, 20, 24, 8, 8)  # of finite differences, which take a run for each entry that is moved
 
 
@@ -96,7 +95,8 @@ def _trace(case: Case) -> None:
 
 
 def _laws(case: Case) -> Iterator[Outcome]:
-    for name, sentence, error in check_laws(case.mods.score_mod, case.mods.mask_mod):
+    for name, said, error in check_laws(case.mods.score_mod, case.mods.mask_mod):
+        sentence = said[:1].lower() + said[1:].rstrip(".")
         if isinstance(error, LawNotRun):
             yield Outcome(f"law {name}", sentence, "not run", str(error))
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 SCHEMA = 1  # of the JSON documents; a key that changes its meaning, or goes, makes it the next number
 _NARROWEST, _WIDEST = 40, 160
-_PATIENCE = 2.0  # seconds before progress is told where nobody may be watching
+_PATIENCE = 10.0  # seconds before progress is told where nobody may be watching
 
 
 class Output:

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from flexattn.command.main import main
+
+MODULE = """
+import torch
+print("a module that prints")
+slopes = torch.tensor([0.5, 0.25])
+ids = torch.tensor([0, 0, 1, 1, 1])
+
+
+def alibi(score, b, h, q_idx, kv_idx):
+    return score + slopes[h] * (kv_idx - q_idx)
+
+
+def cubic(score, b, h, q_idx, kv_idx):
+    return score * score * score
+
+
+def per_head(b, h, q_idx, kv_idx):
+    return kv_idx <= h
+
+
+def same(b, h, q_idx, kv_idx):
+    return ids[q_idx] == ids[kv_idx]
+
+
+def window(size):
+    return lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < size)
+
+
+def branches(b, h, q_idx, kv_idx):
+    if q_idx > kv_idx:
+        return q_idx == 0
+    return q_idx == kv_idx
+"""
 
 
 class Ran(NamedTuple):
@@ -45,3 +81,17 @@ class Runner:
         ran = self(*words, "--json")
         assert ran.document["command"] == words[0]
         return ran.document
+
+
+def runner(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, str]
+) -> Runner:
+    """Commands that run in a folder with these modules."""
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("FLEXATTN_DEBUG", raising=False)
+    monkeypatch.setenv("FLEXATTN_CACHE_DIR", str(folder / "cache"))
+    return Runner(capsys)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .failures import DIFFERS, FINE, Mistake, Unavailable
-from .options import MASK_HELP, MOD_HELP, Command, add_dtype, notation, one_of
+from .failures import DIFFERS, FINE, Mistake
+from .options import MASK_HELP, MOD_HELP, Command, add_device, add_dtype, notation
+from .options import device as chosen_device
 from .output import Output, table
 from .shapes import positive, seconds
 
@@ -33,9 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, default=8, metavar="N", help="heads (default: 8)")
     parser.add_argument("--head-dim", type=positive, default=64, metavar="N", help="of query and value (default: 64)")
     add_dtype(parser)
-    parser.add_argument(
-        "--device", type=one_of(("cpu", "cuda")), metavar="cpu|cuda", help="default: a GPU if there is one"
-    )
+    add_device(parser)
     parser.add_argument(
         "--seconds",
         type=seconds,
@@ -55,12 +54,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from .pairs import pair
     from .times import measure
 
-    gpu = torch.cuda.is_available()
-    if arguments.device == "cuda" and not gpu:
-        raise Unavailable(
-            "--device cuda: there is no GPU here, or this PyTorch was built without CUDA; see flexattn info"
-        )
-    device = arguments.device or ("cuda" if gpu else "cpu")
+    device = chosen_device(arguments.device)
     dtype = arguments.dtype or _DTYPE[device]
     results: list[dict[str, Any]] = []
     for text in arguments.mods or [parse("causal_mask")]:
@@ -68,7 +62,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             mods = pair(text, arguments.mask)
         for length in _lengths(mods, arguments.length, _LENGTH[device]):
             sizes = arguments.batch, arguments.heads, length, arguments.head_dim
-            problem = Problem.of(mods, sizes, dtype, device, compiles=gpu or arguments.compile)
+            problem = Problem.of(mods, sizes, dtype, device, compiles=device == "cuda" or arguments.compile)
             rows = measure(problem, arguments.seconds, output)
             results.append({"subject": mods.text, **_sizes(problem), "contenders": [r.to_dict(rows[0]) for r in rows]})
             _tell(problem, rows, output)

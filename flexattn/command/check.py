@@ -9,7 +9,8 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from .failures import DIFFERS, FINE, Mistake, Unavailable, reading, told
-from .options import BACKENDS, MASK_HELP, MOD_HELP, Command, add_dtype, notation, one_of
+from .options import BACKENDS, MASK_HELP, MOD_HELP, Command, add_device, add_dtype, notation, one_of
+from .options import device as chosen_device
 from .output import Output
 from .shapes import add_shape, chosen, positive
 
@@ -29,6 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=positive, metavar="N", help="key and value heads (default: half the heads)")
     parser.add_argument("--head-dim", type=positive, default=32, metavar="N", help="of query and value (default: 32)")
     add_dtype(parser)
+    add_device(parser)
     parser.add_argument("--backend", type=one_of(BACKENDS), default="auto", metavar="NAME", help=", ".join(BACKENDS))
     parser.add_argument(
         "--documents",
@@ -58,15 +60,18 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from .checks import CHECKS, Case
     from .pairs import pair
 
-    mods = pair(arguments.mod, arguments.mask)
-    ids = None if arguments.documents is None else _ids(arguments.documents)
+    device = chosen_device(arguments.device)
+    with torch.device(device):  # so that tensors that a mod makes are where the query is
+        mods = pair(arguments.mod, arguments.mask)
+        ids = None if arguments.documents is None else _ids(arguments.documents).to(device)
+    if mods.block_mask is not None:
+        mods = mods._replace(block_mask=mods.block_mask.to(device))
     dtype = getattr(torch, arguments.dtype or "float32")
     sizes = _sizes(arguments, mods, ids)
-    _check_backend(arguments.backend, dtype, arguments.head_dim)
-    case = Case(mods, sizes, dtype, arguments.backend, ids, arguments.causal)
-    output.line(
-        f"{mods.text}: {', '.join(f'{k}={v}' for k, v in sizes._asdict().items())}, {arguments.dtype or 'float32'}"
-    )
+    _check_backend(arguments.backend, dtype, arguments.head_dim, device)
+    case = Case(mods, sizes, dtype, device, arguments.backend, ids, arguments.causal)
+    named = ", ".join(f"{name}={n}" for name, n in sizes._asdict().items())
+    output.line(f"{mods.text}: {named}, {arguments.dtype or 'float32'}, {device}")
     done: list[Outcome] = []
     for check in CHECKS:
         if not check.why_not(case):
@@ -84,6 +89,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             "subject": mods.text,
             "sizes": sizes,
             "dtype": arguments.dtype or "float32",
+            "device": device,
             "backend": arguments.backend,
             "passed": counts["passed"],
             "failed": counts["failed"],
@@ -164,14 +170,13 @@ def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Siz
     return sizes
 
 
-def _check_backend(backend: str, dtype: Any, head_dim: int) -> None:
+def _check_backend(backend: str, dtype: Any, head_dim: int, device: str) -> None:
     """Raise for the fused kernels where there are none."""
     import torch
 
     from .. import validate
 
     if backend == "triton":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         sample = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
         refusal = validate.triton_refusal(sample, sample)
         if refusal:

@@ -23,7 +23,7 @@ class Case(NamedTuple):
     Attributes:
         mods: the score_mod and the mask.
         sizes: of the attention problem.
-        dtype: of the query.
+        dtype, device: of the query.
         backend: as of `flex_attention`.
         documents: ids, [S] or [B, S], or None.
         causal: whether no query may see a later key.
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     mods: Pair
     sizes: Sizes
     dtype: torch.dtype
+    device: str
     backend: str
     documents: Tensor | None
     causal: bool
@@ -111,13 +112,14 @@ def _reference(case: Case) -> None:
         block_mask=mods.block_mask,
         shape=case.sizes,
         dtype=case.dtype,
+        device=case.device,
         backend=case.backend,
     )
 
 
 def _gradients(case: Case) -> None:
     sizes = Sizes(*(min(size, most) for size, most in zip(case.sizes, _SMALL, strict=True)))
-    gradcheck(case.mods.score_mod, case.mods.mask_mod, shape=sizes)
+    gradcheck(case.mods.score_mod, case.mods.mask_mod, shape=sizes, device=case.device)
 
 
 def _mask(case: Case) -> Any:
@@ -144,7 +146,7 @@ def _leaks(case: Case) -> None:
 
 def _causal(case: Case) -> None:
     sizes = case.sizes
-    assert_causal(_mask(case), (sizes.B, sizes.Hq, sizes.L, sizes.S))
+    assert_causal(_mask(case), (sizes.B, sizes.Hq, sizes.L, sizes.S), device=case.device)
 
 
 CHECKS = (

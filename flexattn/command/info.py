@@ -103,6 +103,9 @@ def _devices() -> list[dict[str, Any]]:
         made.append(
             {"type": f"cuda:{index}", "name": properties.name, "architecture": architecture, "memory_bytes": memory}
         )
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type != "cuda":
+        made.append({"type": other.type, "name": other.type, "architecture": None, "memory_bytes": None})
     return made
 
 

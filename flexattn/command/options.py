@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
-from .failures import Mistake
+from .failures import Mistake, Unavailable
 from .notation import Notation, NotationError, parse
 from .output import Output, width
 
@@ -86,3 +86,22 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=one_of(DTYPES), metavar="DTYPE", help=f"of the query: {', '.join(DTYPES)} (default: float32)"
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", type=one_of(("cpu", "cuda")), metavar="cpu|cuda", help="default: a GPU if there is one"
+    )
+
+
+def device(said: str | None) -> str:
+    """What --device says, or the default. Raises `Unavailable` for a GPU that is not there."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if said == "cuda" and not gpu:
+        raise Unavailable(
+            "--device cuda: there is no GPU here, or this PyTorch was built without CUDA; see flexattn info"
+        )
+    return said or ("cuda" if gpu else "cpu")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_runs import Runner
+from command_runs import Runner, runner
 
 import flexattn
 from flexattn.codegen import derivative, pipeline
@@ -48,19 +47,14 @@ block = flexattn.create_block_mask(flexattn.masks.causal_mask, None, None, 24, 2
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """Commands, in a folder that has a module of mods."""
-    (tmp_path / "tried.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "tried", raising=False)
-    monkeypatch.delenv("FLEXATTN_DEBUG", raising=False)
-    return Runner(capsys)
+    return runner(capsys, tmp_path, monkeypatch, {"tried": MODULE})
 
 
 def outcomes(document: dict[str, Any]) -> dict[str, str]:
     return {check["name"]: check["outcome"] for check in document["checks"]}
 
 
-SMALL = ("--length", "24", "--head-dim", "8")
+SMALL = ("--length", "24", "--head-dim", "8", "--device", "cpu")
 
 
 def test_a_good_mod_passes_every_check(run: Runner) -> None:
@@ -73,6 +67,7 @@ def test_a_good_mod_passes_every_check(run: Runner) -> None:
     assert outcomes(found)["leaks"] == "not run"
     assert found["sizes"] == {"B": 2, "Hq": 3, "Hkv": 3, "L": 24, "S": 24, "E": 8, "Ev": 8}
     assert (found["subject"], found["dtype"], found["backend"]) == ("tried:alibi, causal_mask", "float32", "auto")
+    assert found["device"] == "cpu"
     assert found["passed"] == sum(o == "passed" for o in outcomes(found).values()) and found["failed"] == 0
     assert all(check["seconds"] >= 0 for check in found["checks"])
 
@@ -80,7 +75,7 @@ def test_a_good_mod_passes_every_check(run: Runner) -> None:
 def test_each_check_is_a_line(run: Runner) -> None:
     ran = run("check", "causal_mask", *SMALL)
     lines = ran.out.splitlines()
-    assert lines[0] == "causal_mask: B=2, Hq=4, Hkv=2, L=24, S=24, E=8, Ev=8, float32"
+    assert lines[0] == "causal_mask: B=2, Hq=4, Hkv=2, L=24, S=24, E=8, Ev=8, float32, cpu"
     assert any(line.startswith("passed   trace: the mods become a program (") for line in lines)
     assert "not run  gradients: the generated derivative agrees with finite differences" in lines
     assert "         a mask has no derivative" in lines
@@ -293,5 +288,6 @@ def test_the_compiled_rival_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_gpu_that_is_not_there_is_unavailable(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ran = run("bench", "--device", "cuda")
-    assert ran.code == 3 and "there is no GPU here" in ran.err
+    for words in (("bench",), ("check", "causal_mask")):
+        ran = run(*words, "--device", "cuda")
+        assert ran.code == 3 and "--device cuda: there is no GPU here" in ran.err

@@ -11,7 +11,7 @@ the sum over all elements, and not element by element.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from .ir import DType, Kind, Node, Op, const, input_node, walk
@@ -117,10 +117,35 @@ ZERO_DERIVATIVE = frozenset(
 )
 
 
+class Step(NamedTuple):
+    """What one operation passes on: the gradient `partial` into its operand `arg`, from its own gradient `grad`."""
+
+    node: Node
+    grad: Node
+    arg: Node
+    partial: Node
+
+
 def derivative(score: Node) -> Derivative:
     """The gradients of the graph `score`, simplified."""
     raw = input_node("score", score.dtype)
     adjoints: dict[Node, Node] = {score: input_node("grad", score.dtype)}
+    for _ in _steps(score, adjoints):
+        pass
+    loads = [n for n in walk(score) if n.op is Op.LOAD and n in adjoints]
+    roots = ([adjoints[raw]] if raw in adjoints else []) + [adjoints[n] for n in loads]
+    simple = simplify(roots)
+    to_score = simple.pop(0) if raw in adjoints else None
+    return Derivative(to_score, tuple(zip(loads, simple, strict=True)))
+
+
+def steps(score: Node) -> list[Step]:
+    """Every step of the way back from the graph `score`, as it is gone, not simplified: to say where something happens."""
+    return list(_steps(score, {score: input_node("grad", score.dtype)}))
+
+
+def _steps(score: Node, adjoints: dict[Node, Node]) -> Iterator[Step]:
+    """The way back; `adjoints` gathers the gradient of each node."""
     for node in reversed(list(walk(score))):
         grad = adjoints.get(node)
         if grad is None or not node.dtype.is_float or node.op not in DERIVATIVES:
@@ -130,11 +155,7 @@ def derivative(score: Node) -> Derivative:
                 continue
             partial = _cast(partial, arg.dtype if arg.dtype is DType.FLOAT64 else score.dtype)
             adjoints[arg] = apply(Op.ADD, adjoints[arg], partial) if arg in adjoints else partial
-    loads = [n for n in walk(score) if n.op is Op.LOAD and n in adjoints]
-    roots = ([adjoints[raw]] if raw in adjoints else []) + [adjoints[n] for n in loads]
-    simple = simplify(roots)
-    to_score = simple.pop(0) if raw in adjoints else None
-    return Derivative(to_score, tuple(zip(loads, simple, strict=True)))
+            yield Step(node, grad, arg, partial)
 
 
 def _cast(node: Node, dtype: DType) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from .ir import Node, Op, walk
 
@@ -57,6 +58,31 @@ def inline(node: Node, names: Mapping[str, str] | None = None) -> str:
     for n in walk(node):
         text[n] = _print(n, text, names or {})
     return text[node][0]
+
+
+class Line(NamedTuple):
+    """An operation on values named before: `name = text`; a captured element has no other name than its text."""
+
+    node: Node
+    name: str
+    text: str
+
+
+def lines(roots: Sequence[Node], names: Mapping[str, str] | None = None) -> list[Line]:
+    """Every operation below `roots` on a line of its own, in the order of evaluation. Casts are left out as in `formula`."""
+    text: dict[Node, tuple[str, int]] = {}
+    found: list[Line] = []
+    count = 0
+    for node in walk(*roots):
+        text[node] = _print(node, text, names or {})
+        words = text[node][0]
+        if node.op is Op.LOAD:
+            found.append(Line(node, "", words))
+        elif node.args and all(text[a][0] != words for a in node.args):
+            found.append(Line(node, f"t{count}", words))
+            text[node] = (f"t{count}", _TIGHT)
+            count += 1
+    return found
 
 
 def gradients(score: Node | None, loads: Sequence[tuple[Node, Node]], names: Mapping[str, str] | None = None) -> str:

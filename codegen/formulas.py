@@ -298,6 +298,8 @@ def _by_constant(rule: Callable[[Formulas, Polynomial, int], Polynomial | None])
 
 
 def _truncated(f: Formulas, x: Polynomial, divisor: int) -> Polynomial:
+    if divisor < 0:
+        x, divisor = -x, -divisor
     below = -f.quotient(-x, divisor)
     return f.chosen((at_most_zero(-x), f.quotient(x, divisor)), (at_most_zero(x + 1), below), facts=lambda _: [])
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING or not arguments_come_first():
     from .documents import Documents
     from .errors import KernelError
     from .explain import Explanation, explain
+    from .inspection import Inspection, inspect
     from .masks import and_masks, noop_mask, not_mask, or_masks
+    from .score_plot import plot_mask, plot_scores
 else:  # the command line, which loads all of this where it needs it
     from .command.start import attribute as __getattr__  # noqa: F401
 
@@ -31,6 +33,7 @@ __all__ = [
     "BlockMask",
     "Documents",
     "Explanation",
+    "Inspection",
     "KernelError",
     "TraceError",
     "and_masks",
@@ -39,9 +42,12 @@ __all__ = [
     "debug_mode",
     "explain",
     "flex_attention",
+    "inspect",
     "masks",
     "mods",
     "noop_mask",
     "not_mask",
     "or_masks",
+    "plot_mask",
+    "plot_scores",
 ]

@@ -45,10 +45,7 @@ def plot(
         IndexError: for a batch, head or block that the mask does not have.
         ValueError: for arguments of another form.
     """
-    try:
-        import_module("matplotlib")
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install flexattn[plot]") from error
+    need_matplotlib()
     shown = view(mask, batch, head, zoom, max_cells)
     if ax is not None:
         _grid(shown, ax)
@@ -59,15 +56,23 @@ def plot(
     _grid(shown, axes[0, 0])
     _strip(shown, axes[0, 0])
     if shown.zoom is not None:
-        _cells(shown.zoom.elements, axes[0, 1], (1, 1))
+        draw_cells(shown.zoom.elements, axes[0, 1], (1, 1))
         axes[0, 1].set_title(shown.zoom.caption, fontsize="medium")
     figure.suptitle(shown.name)
     return axes[0, 0]
 
 
+def need_matplotlib() -> None:
+    """Raise `ImportError` that says what to install."""
+    try:
+        import_module("matplotlib")
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install flexattn[plot]") from error
+
+
 def _grid(shown: View, ax: Any) -> None:
     patches = import_module("matplotlib.patches")
-    _cells(shown.blocks, ax, shown.block_size)
+    draw_cells(shown.blocks, ax, shown.block_size)
     ax.set_title("\n".join(filter(None, (shown.facts, shown.note))), fontsize="medium")
     if shown.zoom is not None:
         q, kv = shown.zoom.elements.q_edges, shown.zoom.elements.kv_edges
@@ -93,8 +98,8 @@ def _strip(shown: View, ax: Any) -> None:
     strip.tick_params(labelleft=False)
 
 
-def _cells(cells: Cells, ax: Any, units: tuple[int, int]) -> None:
-    """The cells as a mesh, with positions of elements along the axes."""
+def draw_cells(cells: Cells, ax: Any, units: tuple[int, int]) -> None:
+    """The cells as a mesh, with positions of elements along the axes, labelled in steps of `units`."""
     q, kv = cells.q_edges, cells.kv_edges
     lines = {"edgecolors": "white", "linewidth": 0.5} if max(cells.things.shape) <= _MOST_LINES else {}
     if cells.things.numel():

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from . import dynamo, ops, reference, sharded, transforms, validate
 from .autocast import without_autocast
+from .checks import check
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import transforms_are_active
 from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe
 from .codegen.trace_cache import cached_trace
-from .debug import check_indices, debugging
+from .debug import debugging
+from .element import Origin
 from .errors import KernelError
 from .operands import joined, split
 from .problem import Problem
@@ -48,7 +50,7 @@ def attention(
     validate.captured(captured, query.device)
     if backend != "reference":
         validate.no_forward_mode((query, key, value, *captured))
-    part = None
+    part, own = None, captured
     if sharded.involved(query, key, value, *captured):
         part = sharded.split(sharded.Operands(query, key, value, captured, block_mask, ints, program), block_size)
         query, key, value, captured, block_mask, ints, program = part.operands
@@ -57,7 +59,7 @@ def attention(
         operands = joined(captured, floats, parsed), block_mask, ints, block_size, parsed, scale
         problem = Problem(query, key, value, *operands)
         if debugging():
-            check_indices(problem)
+            check(problem, Origin(score_mod, mask_mod, own))
         if backend == "reference":
             with without_autocast(query.device):
                 dense = reference.solve(problem)

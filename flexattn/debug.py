@@ -1,6 +1,6 @@
-"""Debug mode: indices of captured tensors are checked element by element, where the mask attends.
+"""Debug mode: whether calls are checked before they are made. What is looked for is in `checks`.
 
-Without it an index out of range reads the nearest element that exists, which is what a kernel can afford.
+Without it an index out of range reads the nearest element that exists, which is what a kernel can afford, and nan goes on.
 """
 
 from __future__ import annotations
@@ -10,15 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
-from torch import Tensor
-
-from .backends.tiled import Walk
-from .codegen.evaluate import Inputs, evaluate
-from .codegen.formula import inline
-from .codegen.ir import Node, Op, walk
-from .problem import Problem
-
 _ENABLED: ContextVar[bool] = ContextVar(
     "flexattn_debug", default=os.environ.get("FLEXATTN_DEBUG", "0") not in ("0", "")
 )
@@ -26,20 +17,33 @@ _ENABLED: ContextVar[bool] = ContextVar(
 
 @contextmanager
 def debug_mode(enabled: bool = True) -> Iterator[None]:
-    """Check every index of a captured tensor inside the `with`; also switched on by the environment: FLEXATTN_DEBUG=1.
+    """Check every attended element of the calls inside the `with`; also switched on by the environment: FLEXATTN_DEBUG=1.
 
-    Raises `IndexError` from the attention call for the first index out of range at an element that is attended. Costs
-    about as much as another forward pass.
+    Errors name the element, the captured tensors by their names in your code, and your line. An index that is negative for
+    some elements only, which torch reads from the end, is warned of. Costs about as much as another forward pass, and no
+    more memory; the same for every backend. Compiled code is not checked: call the function without `torch.compile`.
+
+    Raises:
+        IndexError: from the attention call, for an index of a captured tensor that is out of range.
+        FloatingPointError: from the attention call, for a query, key or value that is not finite in a block that is
+            visited; for a modified score of nan or +inf; and for a gradient of the score_mod that is not finite although
+            the score is, where a gradient is wanted.
 
     Example:
         >>> import torch, flexattn
-        >>> q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
-        >>> short = torch.zeros(3)
+        >>> q, k, v = (torch.ones(1, 1, 4, 8) for _ in range(3))
+        >>> short, scale = torch.zeros(3), torch.tensor([1.0, 1.0, 0.0, 1.0])
         >>> with flexattn.debug_mode():
         ...     flexattn.flex_attention(q, k, v, score_mod=lambda score, b, h, q_idx, kv_idx: score + short[q_idx])
         Traceback (most recent call last):
-        IndexError: index 3 is out of range for dimension 0 (size 3) of captured tensor c0, read as c0[q_idx] at b=0, \
-h=0, q_idx=3, kv_idx=0
+        IndexError: index 3 is out of range for dimension 0 (size 3) of captured tensor short of shape [3], read as \
+short[q_idx] at b=0, h=0, q_idx=3, kv_idx=0
+        >>> with flexattn.debug_mode():
+        ...     flexattn.flex_attention(q, k, v, score_mod=lambda score, b, h, q_idx, kv_idx: score / scale[kv_idx])
+        Traceback (most recent call last):
+        FloatingPointError: the modified score is inf at b=0, h=0, q_idx=0, kv_idx=2, which is attended to; the score was \
+2.82843: `score / scale[kv_idx]` is inf where score = 2.82843, scale[kv_idx] = 0
+        score_mod reads scale[2] = 0
     """
     token = _ENABLED.set(enabled)
     try:
@@ -51,49 +55,3 @@ h=0, q_idx=3, kv_idx=0
 def debugging() -> bool:
     """Whether debug mode is on."""
     return _ENABLED.get()
-
-
-def check_indices(problem: Problem) -> None:
-    """Raise `IndexError` for an index out of range at an attended element."""
-    roots = [problem.variant.score] + ([] if problem.variant.mask is None else [problem.variant.mask])
-    walker = Walk(problem)
-    for load in (n for n in walk(*roots) if n.op is Op.LOAD and len(n.args) > 1):
-        in_mask = problem.variant.mask is not None and load in set(walk(problem.variant.mask))
-        for leg in walker.legs():
-            for part in walker.parts(leg):
-                for tile in leg.group.tiles:
-                    for chunk in walker.chunks(part, tile):
-                        keep = torch.ones((1, 1, 1, 1, chunk.width), dtype=torch.bool, device=walker.device)
-                        if not in_mask:
-                            for start, stop, inside in chunk.keep:
-                                if keep.shape != torch.broadcast_shapes(keep.shape, inside.shape[:-1] + (1,)):
-                                    shape = torch.broadcast_shapes(keep.shape[:-1], inside.shape[:-1])
-                                    keep = keep.expand(*shape, chunk.width).clone()
-                                keep[..., start:stop] &= inside
-                        score = torch.zeros((), dtype=walker.dtype, device=walker.device)
-                        _check(load, problem, chunk.inputs.fork({"score": score}), keep)
-
-
-def _check(load: Node, problem: Problem, inputs: Inputs, keep: Tensor) -> None:
-    base, *index = load.args
-    assert isinstance(base.value, tuple)
-    sizes = problem.captured[base.value[0]].shape
-    for dim, (value, size) in enumerate(zip(evaluate(index, inputs), sizes, strict=True)):
-        wrong = ((value < -size) | (value >= size)) & keep
-        if not bool(wrong.any()):
-            continue
-        place = wrong.nonzero()[0].tolist()
-        place = [0] * (5 - len(place)) + place
-        named = inputs.named
-        at = {}
-        for name in ("b", "h", "q_idx", "kv_idx"):
-            t = named[name]
-            t = t.view([1] * (5 - t.dim()) + list(t.shape))
-            at[name] = int(t[tuple(i if n > 1 else 0 for i, n in zip(place, t.shape, strict=True))])
-        wide = value.view([1] * (5 - value.dim()) + list(value.shape))
-        found = int(wide[tuple(i if n > 1 else 0 for i, n in zip(place, wide.shape, strict=True))])
-        text = inline(load)
-        raise IndexError(
-            f"index {found} is out of range for dimension {dim} (size {size}) of captured tensor c{base.value[0]}, read as "
-            f"{text} at " + ", ".join(f"{k}={v}" for k, v in at.items())
-        )

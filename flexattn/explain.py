@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
 from .codegen.trace_cache import why_uncached
 from .explain_gradients import gradient_lines
+from .names import captured_names
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def explain(
     program, captured, ints = trace(score_mod, mask_mod, score_dtype=score_dtype)
     parsed = variant(program)
     n = len(captured) - parsed.n_floats
-    names = _names_in(captured, n, score_mod, mask_mod)
+    names = captured_names((score_mod, mask_mod), captured[:n], captured[n:])
     lines = [
         f"c{i}: {names.get(f'c{i}', 'unnamed')}, {str(t.dtype)[6:]} {list(t.shape)}" for i, t in enumerate(captured[:n])
     ]
@@ -150,7 +149,8 @@ def explain_mask(mask_mod: Callable[..., Tensor]) -> tuple[str, str]:
     """
     program, captured, _ = trace(None, mask_mod)
     parsed = variant(program)
-    names = _names_in(captured, len(captured) - parsed.n_floats, None, mask_mod)
+    n = len(captured) - parsed.n_floats
+    names = captured_names((None, mask_mod), captured[:n], captured[n:])
     return "" if parsed.mask is None else formula({"keep": parsed.mask}, names), _blocks(parsed, names)
 
 
@@ -223,51 +223,6 @@ def _backend(parsed: Any) -> str:
 
 def _tracing(reason: str) -> str:
     return f"at every call, because {reason}" if reason else "once, until something that the mods reach changes"
-
-
-def _names_in(captured: Sequence[Tensor], n: int, *mods: Any) -> dict[str, str]:
-    """What formulas call the captured tensors, the first `n`, where the user named them, and the numbers after them."""
-    found = _names(mods)
-    names = {f"c{i}": found[id(t)] for i, t in enumerate(captured[:n]) if id(t) in found}
-    return names | {f"f{i}": f"{float(t):g}" for i, t in enumerate(captured[n:])}
-
-
-def _names(mods: tuple[Any, ...]) -> dict[int, str]:
-    """The user's names of tensors that a mod can see: closure, globals, defaults, attributes of its object."""
-    found: dict[int, str] = {}
-
-    def visit(mod: Any, depth: int) -> None:
-        if mod is None or depth > 3:
-            return
-        if isinstance(mod, functools.partial):
-            for name, value in {**{f"argument {i}": a for i, a in enumerate(mod.args)}, **mod.keywords}.items():
-                note(name, value, depth)
-            return visit(mod.func, depth)
-        owner = getattr(mod, "__self__", None if inspect.isfunction(mod) else mod)
-        for name, value in getattr(owner, "__dict__", {}).items():
-            note(f"self.{name}", value, depth)
-        function = getattr(mod, "__func__", mod if inspect.isfunction(mod) else getattr(type(mod), "__call__", None))
-        if inspect.isfunction(function):
-            scope = inspect.getclosurevars(function)
-            for name, value in {**scope.globals, **scope.nonlocals}.items():
-                note(name, value, depth)
-
-    def note(name: str, value: Any, depth: int) -> None:
-        if isinstance(value, Tensor):
-            found.setdefault(id(value), name)
-        elif isinstance(value, dict) and name.endswith(("_parameters", "_buffers")):
-            for inner, tensor in value.items():
-                note(f"self.{inner}", tensor, depth)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                if callable(item):
-                    visit(item, depth + 1)
-        elif callable(value) and not inspect.isclass(value) and not inspect.isbuiltin(value):
-            visit(value, depth + 1)
-
-    for mod in mods:
-        visit(mod, 0)
-    return found
 
 
 def _indent(text: str) -> str:

@@ -1,6 +1,6 @@
 """Compile the default kernels of four variants for GPUs that need not be there, and print what they use.
 
-python scripts/compile_table.py [--json] [target ...]        default: sm_80 sm_90 sm_100 gfx942
+python scripts/compile_table.py [--json] [--half] [target ...]        default: sm_80 sm_90 sm_100 gfx942
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ def variants() -> dict[str, tuple]:
     }
 
 
-def rows(target: str) -> list[dict]:
-    """One record for each variant, head dimension and kernel."""
+def rows(target: str, half: bool = False) -> list[dict]:
+    """One record for each variant, head dimension and kernel; by half, each variant has one of the head dimensions."""
     found = []
-    for head_dim in HEAD_DIMS:
-        for name, (score_mod, mask_mod) in variants().items():
+    for place, head_dim in enumerate(HEAD_DIMS):
+        for number, (name, (score_mod, mask_mod)) in enumerate(variants().items()):
+            if half and number % len(HEAD_DIMS) != place:
+                continue
             program, captured, ints = trace(score_mod, mask_mod)
             for made in survey(
                 variant(program), captured, ints, torch.bfloat16, head_dim, named(target), both_ways=True
@@ -73,8 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=TARGETS)
     parser.add_argument("--json", action="store_true", help="print records instead of a table")
+    parser.add_argument("--half", action="store_true", help="each variant with one head dimension only")
     arguments = parser.parse_args()
-    records = [record for target in arguments.targets for record in rows(target)]
+    records = [record for target in arguments.targets for record in rows(target, arguments.half)]
     print(json.dumps(records) if arguments.json else table(records))
 
 

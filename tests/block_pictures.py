@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import torch
-from strategies import environment, mask_mods
 from torch import Tensor
 
 from flexattn import BlockMask, create_block_mask, create_mask, masks
 from flexattn.block_mask_cells import EMPTY, FULL, PALEST, PARTIAL
+from flexattn.testing.strategies import mask_mods
 
 
 class Painted(NamedTuple):
@@ -63,7 +63,7 @@ class Drawn(NamedTuple):
 
 @st.composite
 def drawings(draw: st.DrawFn) -> Drawn:
-    mod = draw(mask_mods()).bind(environment())
+    mod = draw(mask_mods())
     Q, KV = draw(st.integers(1, 100)), draw(st.integers(1, 100))
     block = draw(st.sampled_from([(16, 16), (8, 32), (7, 5), (128, 128), (1, 3)]))
     batch, head = draw(st.integers(0, 1)), draw(st.integers(0, 3))

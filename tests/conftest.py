@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +29,10 @@ from hypothesis import HealthCheck, settings
 
 import flexattn
 import flexattn.codegen
+from flexattn_plugins.pytest_plugin import torch_state
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_INTERPRETED = "needs Triton's interpreter: set TRITON_INTERPRET=1, which a machine with a GPU does not by itself"
-NO_GPU = "needs a CUDA device: run it on a machine that has one, with a CUDA build of torch"
 
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, max_examples=60)
@@ -56,26 +55,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--features", metavar="FILE", help="write which features' tests passed, for docs/compile.md")
 
 
-def pytest_configure() -> None:
-    """Refuse to test a mixture: ./flexattn of one checkout with the codegen that another one installed."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to test a mixture: ./flexattn of one checkout with the codegen that another one installed, or without plugin."""
     package, codegen = (Path(m.__path__[0]).resolve() for m in (flexattn, flexattn.codegen))
     if codegen not in (package / "codegen", package.parent / "codegen"):
         raise pytest.UsageError(
             f"flexattn is {package}, but flexattn.codegen is {codegen}: another checkout is installed in this "
             f"environment. Install this one: {sys.executable} -m pip install --no-deps -e {ROOT}"
         )
+    if not config.pluginmanager.has_plugin("flexattn"):
+        raise pytest.UsageError(
+            "the tests use flexattn's pytest plugin, which an older installation does not have, and PYTEST_DISABLE_PLUGIN_"
+            f"AUTOLOAD turns off. Install again: {sys.executable} -m pip install --no-deps -e {ROOT}; or add -p flexattn"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/gpu is marked `gpu`; what is marked so is skipped where there is none."""
+    """Everything in tests/gpu needs a GPU; everything in tests/interpreter Triton's interpreter."""
     for item in items:
         if ROOT / "tests" / "gpu" in item.path.parents:
-            item.add_marker("gpu")
+            item.add_marker("flexattn_gpu")
         if ROOT / "tests" / "interpreter" in item.path.parents and os.environ.get("TRITON_INTERPRET") != "1":
             item.add_marker(pytest.mark.skip(reason=NOT_INTERPRETED))
         item.user_properties += [("feature", mark.args[0]) for mark in item.iter_markers("feature")]
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -126,24 +128,11 @@ def _fast_interpreter() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible() -> Iterator[None]:
-    random.seed(0)
-    torch.manual_seed(0)
+def _reproducible(flexattn_seed: int) -> Iterator[None]:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
-    before = _torch_state()
+    before = torch_state()
     yield
     if "torch._dynamo" in sys.modules:  # compiled code and its recompilation counts
         torch._dynamo.reset()
-    assert _torch_state() == before, "the test leaves torch in another state, and the next one would run in it"
-
-
-def _torch_state() -> dict[str, object]:
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "gradients": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "threads": torch.get_num_threads(),
-    }
+    assert torch_state() == before, "the test leaves torch in another state, and the next one would run in it"

@@ -24,7 +24,12 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where each top-level folder is installed; a longer prefix would be a folder inside it.
-INSTALLED = {"flexattn": "flexattn", "codegen": "flexattn.codegen", "templates": "flexattn.templates"}
+INSTALLED = {
+    "flexattn": "flexattn",
+    "codegen": "flexattn.codegen",
+    "templates": "flexattn.templates",
+    "plugins": "flexattn_plugins",
+}
 SOURCES = sorted(path.relative_to(ROOT) for folder in INSTALLED for path in (ROOT / folder).rglob("*.py"))
 FOLDERS = (*INSTALLED, "tests", "examples", "benchmarks", "scripts", "docs", ".ci")
 MAX_LINES = 400
@@ -63,11 +68,12 @@ def refused(source: str, path: Path) -> list[str]:
         "flexattn": ("flexattn", "torch", "triton", "importlib"),
         "codegen": ("flexattn.codegen", "torch", "triton", "sympy"),
         "templates": ("flexattn.templates", "triton"),
+        "plugins": ("pytest", "flexattn.testing", "torch"),
     }[path.parts[0]]
     if path == Path("codegen/ir.py"):
         allowed = ()
     if path.parts[:2] == ("flexattn", "testing"):
-        allowed = (*allowed, "pytest" if path.stem == "pytest_plugin" else "hypothesis")
+        allowed = (*allowed, "hypothesis")
     if path == Path("codegen/private.py"):
         allowed = (*allowed, "importlib")  # of torch's own modules, by their names
     return [name for name in imports(source, path) if not standard(name) and not within(name, *allowed)]
@@ -75,7 +81,7 @@ def refused(source: str, path: Path) -> list[str]:
 
 def absolute_to_own_package(source: str, path: Path) -> list[int]:
     """Lines of codegen and templates that name flexattn where a relative import belongs."""
-    if path.parts[0] == "flexattn":
+    if path.parts[0] in ("flexattn", "plugins"):
         return []
     nodes = ast.walk(ast.parse(source))
     return [
@@ -130,6 +136,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("flexattn/explain.py", "import sympy", "sympy"),
         ("flexattn/api.py", "import hypothesis", "hypothesis"),
         ("flexattn/testing/leaks.py", "import pytest", "pytest"),
+        ("plugins/pytest_plugin.py", "import flexattn.api", "flexattn.api"),
     ],
 )
 def test_a_forbidden_import_is_seen(path: str, line: str, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from .causal import assert_causal
 from .descriptions import describe
 from .gradients import Gradcheck, gradcheck
@@ -28,3 +30,9 @@ __all__ = [
     "gradcheck",
     "mask_diff",
 ]
+
+# Where hypothesis is imported later, it calls `flexattn_plugins.hypothesis_hook`, which does the same.
+if "hypothesis" in sys.modules:
+    from . import registration
+
+    registration.register()

@@ -71,9 +71,9 @@ def assert_causal(
     """
     if mask_mod is None and attention is None:
         raise TypeError("assert_causal needs a mask, or attention=, a function (query, key, value) -> out")
-    where = (
-        torch.device(device) if device is not None else torch.device("cpu") if mask_mod is None else device_of(mask_mod)
-    )
+    if device is None:
+        device = "cpu" if mask_mod is None else device_of("assert_causal", mask_mod)
+    where = torch.device(device)
     if not is_integer(offset) or (within is not None and offset < 0):
         raise ValueError(f"offset is {offset!r}; it must be an int, and 0 or more beside within=")
     if within is not None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..create import create_block_mask
 from ..documents import Documents
-from .generated import Generated
+from ..masks import noop_mask
+from .generated import Generated, GeneratedMask
 from .inputs import AttentionInputs
 
 
@@ -39,8 +40,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Documents):
         made = f"documents = flexattn.Documents.from_document_ids({_ids(value.document_ids)})"
         return f"import torch\nimport flexattn\n\n{made}"
-    if isinstance(value, BlockMask) and (value.mask_mod is None or isinstance(value.mask_mod, Generated)):
-        return _block_mask(value, value.mask_mod)
+    if isinstance(value, BlockMask) and (value.mask_mod is noop_mask or isinstance(value.mask_mod, GeneratedMask)):
+        return _block_mask(value, value.mask_mod if isinstance(value.mask_mod, GeneratedMask) else None)
     raise TypeError(
         f"describe takes what the strategies of flexattn.testing.strategies give, got {type(value).__name__}"
         + (" of a mask_mod that was not generated" if isinstance(value, BlockMask) else "")
@@ -60,7 +61,7 @@ def _literal(t: Tensor) -> str:
     return f"torch.tensor({t.tolist()}, dtype={t.dtype}{device}){empty}"
 
 
-def _block_mask(value: BlockMask, mask_mod: Generated | None) -> str:
+def _block_mask(value: BlockMask, mask_mod: GeneratedMask | None) -> str:
     mod = "" if mask_mod is None else mask_mod.describe()
     defined = "\n".join(line for line in mod.splitlines() if not line.startswith("import ")).strip()
     (Q_LEN, KV_LEN), size, device = value.seq_lengths, value.BLOCK_SIZE, str(value.kv_num_blocks.device)
@@ -78,7 +79,7 @@ def _block_mask(value: BlockMask, mask_mod: Generated | None) -> str:
     return "\n\n".join(part for part in ("import torch\nimport flexattn", defined, f"block_mask = {made}") if part)
 
 
-def _follows_from(value: BlockMask, mask_mod: Generated) -> bool:
+def _follows_from(value: BlockMask, mask_mod: GeneratedMask) -> bool:
     """Whether its lists are those that `create_block_mask` makes of its mask_mod."""
     if not value.is_exact:
         return False

@@ -96,6 +96,10 @@ class Generated:
         source = bare(self.root.body) if isinstance(self.root, Function) else str(self.root)
         return f"<{self.role}: {textwrap.shorten(source, _WIDTH, placeholder=' ...')}>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What hypothesis and IPython print; for other dataclasses, all fields."""
+        printer.text(repr(self))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.root, self.dtype, self.device, self.requires_grad)
 

@@ -1,7 +1,7 @@
 """The grammar of generated mods: which expressions there are, the simplest first.
 
 A rule makes an expression of others. Its holes say which: `i` an integer of the indices, `c` a condition, `s` a score, `m` a
-mask_mod, `d` a score_mod, `n` a number from 1 to 7, `w` a width.
+mask_mod, `d` a score_mod, `o` one that can be composed, `n` a number from 1 to 7, `w` a width.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ _INTEGERS = Kind(
         Rule("i", lambda x: -(Q + x)),
         Rule("i", lambda x: abs(x - Q)),
         Rule("i", lambda x: torch_("maximum", x, KV)),
+        Rule("ii", lambda x, y: torch_("minimum", Q + x, y)),
         Rule("ii", lambda x, y: torch_("where", Q > x, y, 2)),
         Rule("in", lambda x, n: x & n),
         Rule("n", lambda n: Q >> n),
@@ -173,10 +174,7 @@ _MASKS = Kind(
         Rule("wn", lambda w, n: mask("window", w, n)),
         Rule("nw", lambda n, w: mask("streaming", n, w)),
         Rule("nn", lambda n, m: mask("dilated", n, m)),
-        Rule("c", lambda c: Function(MASK_ARGUMENTS, c)),
-        Rule("c", lambda c: Function(MASK_ARGUMENTS, c)),  # as often as all of the ready-made ones nearly
-        Rule("c", lambda c: Function(MASK_ARGUMENTS, c)),
-        Rule("c", lambda c: Function(MASK_ARGUMENTS, c)),
+        *(Rule("c", lambda c: Function(MASK_ARGUMENTS, c)),) * 12,
     ),
     nested=(
         Rule("mm", lambda x, y: apply("flexattn.and_masks({}, {})", x, y)),
@@ -191,11 +189,11 @@ _SCORE_MODS = Kind(
         *(Rule("s", lambda x: Function(SCORE_ARGUMENTS, x)),) * 5,
         *(Rule("s", lambda x: Function(SCORE_ARGUMENTS, SCORE + x)),) * 3,
         *(Rule("cs", lambda c, x: Function(SCORE_ARGUMENTS, torch_("where", c, SCORE + x, -math.inf))),) * 2,
-        Rule("", lambda: Function(SCORE_ARGUMENTS, Literal(0.25))),
     ),
-    nested=(Rule("dd", lambda x, y: apply("flexattn.mods.compose({}, {})", x, y)),),
+    nested=(Rule("oo", lambda x, y: apply("flexattn.mods.compose({}, {})", x, y)),),
 )
-_PLAIN: Grammar = {"i": _INTEGERS, "c": _CONDITIONS, "s": _SCORES, "m": _MASKS, "d": _SCORE_MODS}
+_PLAIN: Grammar = {"i": _INTEGERS, "c": _CONDITIONS, "s": _SCORES, "m": _MASKS, "o": _SCORE_MODS}
+_CONSTANT = Rule("", lambda: Function(SCORE_ARGUMENTS, Literal(0.25)))  # a number, which nothing can be composed with
 
 
 # ---- what reads captured tensors
@@ -205,7 +203,7 @@ _PLAIN: Grammar = {"i": _INTEGERS, "c": _CONDITIONS, "s": _SCORES, "m": _MASKS, 
 def grammar(space: Space) -> Grammar:
     """The rules for each kind of expression, with those that read captured tensors where there are any."""
     if not space.captured:
-        return _PLAIN
+        return _with_constant(_PLAIN)
     t = tensors(space)
     last, length = space.length - 1, space.length
     more: Grammar = {
@@ -252,16 +250,19 @@ def grammar(space: Space) -> Grammar:
                 Rule("", lambda: mask("transfusion", t["spans"])),
             )
         ),
-        "d": Kind(
+        "o": Kind(
             leaves=(
                 Rule("", lambda: apply("flexattn.mods.alibi({})", t["slopes"])),
                 Rule("", lambda: apply("flexattn.mods.relative_bias({})", t["table"])),
             )
         ),
     }
-    return {
-        kind: Kind(plain.leaves + more[kind].leaves, plain.nested + more[kind].nested) for kind, plain in _PLAIN.items()
-    }
+    both = {kind: Kind(a.leaves + more[kind].leaves, a.nested + more[kind].nested) for kind, a in _PLAIN.items()}
+    return _with_constant(both)
+
+
+def _with_constant(rules: Grammar) -> Grammar:
+    return {**rules, "d": Kind((*rules["o"].leaves, _CONSTANT), rules["o"].nested)}
 
 
 # ---- what is done to an output afterwards

@@ -11,20 +11,22 @@ from torch import Tensor
 
 from .. import masks, mods
 
+Names = dict[int, tuple[str, ...]]  # by the number of operands
+
 # Functions of torch that take tensors and are named in the source as they are here.
-_TORCH = {
-    1: ("exp", "log1p", "sigmoid", "sign", "sin", "sqrt", "tanh"),
-    2: ("maximum", "minimum", "logical_and", "logical_or"),
+_TORCH: Names = {
+    1: ("exp", "log1p", "sigmoid", "sin", "sqrt", "tanh"),
+    2: ("maximum", "minimum", "logical_and"),
     3: ("where",),
 }
-_MASKS = {
+_MASKS: Names = {
     1: ("causal", "chunked", "document_mask", "global_tokens", "padding", "prefix_lm", "sliding_window", "transfusion"),
     2: ("dilated", "streaming", "window"),
 }
-_MODS = {1: ("alibi", "relative_bias", "softcap")}
+_MODS: Names = {1: ("alibi", "relative_bias", "softcap")}
 
 
-def _named(prefix: str, space: Any, names: dict[int, tuple[str, ...]]) -> dict[str, Callable[..., Any]]:
+def _named(prefix: str, space: Any, names: Names) -> dict[str, Callable[..., Any]]:
     return {
         f"{prefix}.{name}({', '.join(['{}'] * count)})": getattr(space, name)
         for count, group in names.items()
@@ -70,9 +72,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "{}[{}]": _element,
     "{}[{}, {}]": _element,
     "{}[{}, {}, {}]": _element,
-    "{}.abs()": Tensor.abs,
     "{}.clamp({}, {})": Tensor.clamp,
-    "{}.float()": Tensor.float,
     "{}.int()": Tensor.int,
     "{}.sort().values": lambda t: t.sort().values,
     "{}.sum(-1)": lambda t: t.sum(-1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class AttentionInputs(NamedTuple):
     def __repr__(self) -> str:
         shared = ", shared keys" if self.key.shape[0] != self.query.shape[0] else ""
         return f"<{self.sizes}, {self.query.dtype}, seed {self.seed}, magnitude {self.magnitude}{shared}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What hypothesis and IPython print; for other named tuples, all fields."""
+        printer.text(repr(self))
 
 
 def _shapes(sizes: Sizes, shared_keys: bool) -> tuple[tuple[int, ...], ...]:

@@ -26,7 +26,7 @@ from .traced import LawNotRun, Mod, Traced
 
 Law = Callable[[Mod | None, Mod | None], None]
 
-ELEMENTS = 512  # at which law 1 calls the function itself, one at a time
+ELEMENTS = 256  # at which law 1 calls the function itself, one at a time
 BOXES = 12  # of which law 3 takes the bounds
 BLOCKS = ((16, 16), (32, 8), (7, 5))  # sizes that law 4 classifies for
 TILE = 32  # rows and columns of the tile of law 6
@@ -305,7 +305,9 @@ def emitted_functions_compute_the_graphs(score_mod: Mod | None, mask_mod: Mod | 
     """The emitted Triton functions compute what the graphs mean, run on one tile by Triton's interpreter."""
     from .emitted import run  # Triton is needed from here on
 
-    traced = Traced.of(score_mod, mask_mod, (2, 4, 13, 19))
+    traced = Traced.of(score_mod, mask_mod)
+    roots = [root for root in (traced.variant.score, traced.variant.mask) if root is not None]
+    evaluated(roots, traced.inputs(score=traced.score()))  # a division by zero is refused here and not warned of below
     for result in run(traced, TILE):
         inputs = traced.inputs(score=result.score, grad=result.grad)
         (want,) = evaluated([result.root], inputs)

@@ -152,7 +152,7 @@ def _sizes(ids: _Ids, mask: Any, given: tuple[int | None, int | None, int | None
 
 def _device(mask: Any, document_ids: Any) -> torch.device:
     if mask is not None:
-        return device_of(mask)
+        return device_of("assert_no_leak", mask)
     ids = document_ids.document_ids if isinstance(document_ids, Documents) else document_ids
     return ids.device if isinstance(ids, Tensor) else torch.device("cpu")
 

@@ -132,7 +132,7 @@ def mask_diff(
     """
     sizes = _sizes(a, b, shape)
     functions = mask_function("mask_diff", a, sizes), mask_function("mask_diff", b, sizes)
-    where = device_of(a, b) if device is None else torch.device(device)
+    where = device_of("mask_diff", a, b) if device is None else torch.device(device)
     traced = [TracedMask.of(f, where) for f in functions]
     found = search(_Differs(*functions), sizes, where, max_memory)
     names = called(a), called(b)

@@ -9,7 +9,8 @@ Needs hypothesis: `pip install "flexattn[testing]"`.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import hypothesis.strategies as st
 import torch
@@ -21,7 +22,7 @@ from ..create import create_block_mask
 from ..documents import Documents
 from .descriptions import describe
 from .generated import GeneratedMask, GeneratedNormalizer, GeneratedScore
-from .grammar import OFF_BY_ONE, UNCHANGED, Grammar, Rule, Space, grammar, sinks
+from .grammar import OFF_BY_ONE, UNCHANGED, Rule, Space, grammar, sinks
 from .grammar_expressions import Expression, Literal
 from .inputs import AttentionInputs
 from .sizes import Sizes
@@ -46,6 +47,9 @@ _LENGTHS = (0, 16, 17, 31, 128, 129, 160)  # at and beside the edges of blocks a
 _HEADS = ((1, 1), (1, 2), (4, 1), (2, 2), (1, 4), (3, 1))  # of the keys, and queries for each
 _BLOCKS = ((16, 16), (32, 16), (16, 64), (7, 5), (128, 128))
 _SEEDS = st.integers(0, 1000)
+_THIRDS = st.integers(0, 2)
+_MOD_SEEDS = st.integers(0, 7)  # few, so that the rules that name their tensors are made once
+_MOD_KINDS = "mdo"  # of the grammar: masks and scores
 _WIDEST = 64  # window, prefix or chunk
 
 
@@ -297,7 +301,11 @@ def block_masks(
         listed = (kinds == kind).int()
         found += [listed.sum(-1), torch.argsort(listed, dim=-1, descending=True, stable=True)]
     given = draw(st.sampled_from((None, mod)))
-    return _noted(BlockMask.from_kv_blocks(*found, BLOCK_SIZE=block, mask_mod=given, seq_lengths=(Q_LEN, KV_LEN)))
+    return _noted(
+        BlockMask.from_kv_blocks(
+            found[0], found[1], found[2], found[3], BLOCK_SIZE=block, mask_mod=given, seq_lengths=(Q_LEN, KV_LEN)
+        )
+    )
 
 
 # ---- how they are drawn
@@ -307,20 +315,39 @@ def block_masks(
 def _mods(draw: st.DrawFn, kind: str, depth: int, space: Space) -> Expression:
     """A mask_mod ("m") or score_mod ("d"). Of its captured tensors all come from one seed, drawn if there are any."""
     if space.captured:
-        space = space._replace(seed=draw(_SEEDS))
-    return _grown(draw, grammar(space), kind, depth, min(space.length, _WIDEST))
+        space = space._replace(seed=draw(_MOD_SEEDS))
+    return draw(_grown(_choices(space), kind, depth, depth))
 
 
-def _grown(draw: st.DrawFn, rules: Grammar, kind: str, depth: int, widest: int) -> Expression:
-    nests = depth > 0 and draw(st.integers(0, 2)) > 0
-    rule: Rule = draw(st.sampled_from(rules[kind].nested if nests else rules[kind].leaves))
+class _Choices(NamedTuple):
+    """Strategies of the rules that end an expression and of those that nest, for each kind, and of widths."""
+
+    leaves: dict[str, st.SearchStrategy[Rule]]
+    nested: dict[str, st.SearchStrategy[Rule]]
+    numbers: dict[str, st.SearchStrategy[int]]
+
+
+@lru_cache(maxsize=256)
+def _choices(space: Space) -> _Choices:
+    rules = grammar(space)
+    numbers = {"n": st.integers(1, 7), "w": st.integers(1, min(space.length, _WIDEST))}
+    leaves = {kind: st.sampled_from(rules[kind].leaves) for kind in rules}
+    return _Choices(leaves, {kind: st.sampled_from(rules[kind].nested) for kind in rules}, numbers)
+
+
+@st.composite  # a strategy at each level, so that an expression shrinks to one that is inside it
+def _grown(draw: st.DrawFn, choices: _Choices, kind: str, depth: int, inner: int) -> Expression:
+    """An expression of a kind; `inner` is how deep those of functions inside it are."""
+    is_mod = kind in _MOD_KINDS
+    nests = depth > 0 and draw(_THIRDS) > is_mod  # mods are combined in a third of cases, others nest in two
+    rule = draw((choices.nested if nests else choices.leaves)[kind])
     operands: list[Expression] = []
     for hole in rule.holes:
-        if hole in "nw":
-            operands.append(Literal(draw(st.integers(1, 7 if hole == "n" else widest))))
+        if hole in choices.numbers:
+            operands.append(Literal(draw(choices.numbers[hole])))
         else:
-            deeper = hole == kind or kind not in "md"  # a mod's own expression is as deep as asked for
-            operands.append(_grown(draw, rules, hole, depth - deeper, widest))
+            body = is_mod and hole not in _MOD_KINDS
+            operands.append(draw(_grown(choices, hole, inner if body else depth - 1, inner)))
     return rule.build(*operands)
 
 

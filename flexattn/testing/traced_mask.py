@@ -114,14 +114,18 @@ def called(mask: Any) -> str:
         return f"BlockMask of {called(mask.mask_mod)}" + ("" if mask.is_exact else ", by its lists")
     if isinstance(mask, (MaskObject, Replay)):
         return repr(mask)
-    if getattr(mask, "__module__", "").startswith(_OWN):
+    if str(getattr(mask, "__module__", None)).startswith(_OWN):
         return name_of(mask)
     return describe(mask)
 
 
-def device_of(*masks: Any) -> torch.device:
-    """Where masks are evaluated: where a block mask is, else where what they captured is, else on the CPU."""
+def device_of(function: str, *masks: Any) -> torch.device:
+    """Where masks are evaluated: where a block mask is, else where what they captured is, else on the CPU.
+
+    `function` is named in the `TypeError` for what is no mask.
+    """
     listed = [m.device for m in masks if isinstance(m, BlockMask)]
+    check_callable(function, tuple(m for m in masks if not isinstance(m, BlockMask)))
     if listed:
         return listed[0]
     found = [TracedMask.of(m).inputs.device for m in masks]

@@ -162,8 +162,8 @@ def test_debug_mode_names_the_index_out_of_range_and_ignores_masked_ones() -> No
     with flexattn.debug_mode():
         flex_attention(q, k, v, mod, mask_mod=masks.sliding_window(30))
         message = (
-            r"index 30 is out of range for dimension 1 \(size 30\) of captured tensor c0, read as c0\[h, q_idx - kv_idx\] "
-            r"at b=0, h=0, q_idx=30, kv_idx=0"
+            r"index 30 is out of range for dimension 1 \(size 30\) of captured tensor t of shape \[2, 30\], "
+            r"read as t\[h, q_idx - kv_idx\] at b=0, h=0, q_idx=30, kv_idx=0"
         )
         with pytest.raises(IndexError, match=message):
             flex_attention(q, k, v, mod, mask_mod=masks.sliding_window(31))

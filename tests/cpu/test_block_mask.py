@@ -12,12 +12,12 @@ import torch
 import torch.utils._pytree as pytree
 from dense_mask import dense_of
 from hypothesis import given
-from strategies import environment, mask_mods
 from torch import Tensor
 from torch.nn.attention import flex_attention as peer
 
 import flexattn
 from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, masks
+from flexattn.testing.strategies import mask_mods
 
 docs = torch.tensor([0] * 40 + [1] * 50 + [2] * 70)
 
@@ -30,15 +30,14 @@ def listed(count: Tensor, index: Tensor, B: int = 1, H: int = 1) -> list[list[in
 
 
 @given(
-    mod=mask_mods(),
+    f=mask_mods(),
     q_len=st.integers(1, 150),
     kv_len=st.integers(1, 150),
     block=st.sampled_from([16, 32, 128, (16, 48), (64, 16)]),
     B=st.sampled_from([1, 2]),
     H=st.sampled_from([1, 4]),
 )
-def test_lists_are_those_of_pytorch(mod: Any, q_len: int, kv_len: int, block: Any, B: Any, H: Any) -> None:
-    f = mod.bind(environment())
+def test_lists_are_those_of_pytorch(f: Any, q_len: int, kv_len: int, block: Any, B: Any, H: Any) -> None:
     ours = create_block_mask(f, B, H, q_len, kv_len, "cpu", block)
     dense = create_mask(f, B, H, q_len, kv_len, "cpu")
     assert torch.equal(dense_of(ours), dense)

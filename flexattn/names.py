@@ -1,0 +1,58 @@
+"""What the user calls the tensors that a mod captured. In: mods, and what their trace captured. Out: names for c0, c1, ..."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def captured_names(mods: Sequence[Any], tensors: Sequence[Tensor], floats: Sequence[Any] = ()) -> dict[str, str]:
+    """Names of c0, c1, ... as far as the mods show them, and the values of the run-time floats f0, f1, ...
+
+    A tensor that was computed while the mod ran has no name.
+    """
+    found = visible_names(mods)
+    names = {f"c{i}": found[id(t)] for i, t in enumerate(tensors) if id(t) in found}
+    return names | {f"f{i}": f"{float(number):g}" for i, number in enumerate(floats)}
+
+
+def visible_names(mods: Sequence[Any]) -> dict[int, str]:
+    """The user's names of tensors that mods can see, by `id`: closure, globals, attributes of their objects."""
+    found: dict[int, str] = {}
+
+    def visit(mod: Any, depth: int) -> None:
+        if mod is None or depth > 3:
+            return
+        if isinstance(mod, functools.partial):
+            for name, value in {**{f"argument {i}": a for i, a in enumerate(mod.args)}, **mod.keywords}.items():
+                note(name, value, depth)
+            return visit(mod.func, depth)
+        owner = getattr(mod, "__self__", None if inspect.isfunction(mod) else mod)
+        for name, value in getattr(owner, "__dict__", {}).items():
+            note(f"self.{name}", value, depth)
+        function = getattr(mod, "__func__", mod if inspect.isfunction(mod) else getattr(type(mod), "__call__", None))
+        if inspect.isfunction(function):
+            scope = inspect.getclosurevars(function)
+            for name, value in {**scope.globals, **scope.nonlocals}.items():
+                note(name, value, depth)
+
+    def note(name: str, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), name)
+        elif isinstance(value, dict) and name.endswith(("_parameters", "_buffers")):
+            for inner, tensor in value.items():
+                note(f"self.{inner}", tensor, depth)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if callable(item):
+                    visit(item, depth + 1)
+        elif callable(value) and not inspect.isclass(value) and not inspect.isbuiltin(value):
+            visit(value, depth + 1)
+
+    for mod in mods:
+        visit(mod, 0)
+    return found

@@ -16,7 +16,6 @@ from ..codegen.pipeline import variant
 from ..codegen.trace import positional_count, trace
 from ..documents import Documents
 from ..mask_algebra import whole_mask_mod
-from ..mask_object import name_of
 from .failures import Failure, Mistake, told
 from .imported import imported
 from .notation import Call, Combined, Literal, Name, Notation, NotationError, Reference, Tree
@@ -201,11 +200,8 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {"&": masks.and_masks, "|": masks
 
 
 def _is_mod(function: Any) -> bool:
-    return not isinstance(function, type) and positional_count(function) in _ROLES and _looks_like_mod(function)
-
-
-def _looks_like_mod(function: Any) -> bool:
-    return "kv_idx" in _parameters(function)
+    """Whether it is a mod by itself, and no factory: a factory of four parameters calls none of them kv_idx."""
+    return not isinstance(function, type) and positional_count(function) in _ROLES and "kv_idx" in _parameters(function)
 
 
 def _converted(
@@ -247,8 +243,3 @@ def _text(tree: Tree) -> str:
     if isinstance(tree, Name):
         return tree.name
     return f"{_text(tree.function)}(...)" if isinstance(tree, Call) else "this"
-
-
-def shown(value: Any) -> str:
-    """A mod's name, for people."""
-    return name_of(value)

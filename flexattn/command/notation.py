@@ -124,12 +124,13 @@ class _Reader:
         try:
             with warnings.catch_warnings():  # of escapes in strings
                 warnings.simplefilter("ignore")
-                node = ast.parse(code, mode="eval").body
+                made = self.read(ast.parse(code, mode="eval").body)
+        except NotationError:
+            raise
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             offset = getattr(error, "offset", None) or len(self.text) + 1  # none, or 0, is the end
             what = (getattr(error, "msg", "") or type(error).__name__).rstrip(".?")
             raise self.error(f"not understood: {what}. Write {FORMS}", min(offset - 1, len(self.text))) from None
-        made = self.read(node)
         if isinstance(made, Literal):
             raise self.error(f"{made.value!r} is no mask. Write {FORMS}", made.place)
         return made

@@ -310,6 +310,16 @@ def test_any_text_is_a_notation_or_refused(text: str) -> None:
         assert isinstance(tree, (notation.Name, notation.Reference, notation.Call, notation.Combined))
 
 
+def test_a_text_that_is_nested_too_deeply_is_refused() -> None:
+    for text in (
+        "~" * 50_000 + "causal_mask",
+        "(" * 5_000 + "causal_mask" + ")" * 5_000,
+        " & ".join(["causal_mask"] * 50_000),
+    ):
+        with pytest.raises(NotationError, match="not understood"):
+            parse(text)
+
+
 def test_sizes_are_read_of_captured_tensors() -> None:
     ids, bias = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(3, 7)
     found = build.read_sizes(

@@ -9,9 +9,11 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from . import batch_invariant as batch_invariance
 from . import capture, validate
 from .autocast import autocast
 from .block_mask import BlockMask
+from .documents import Documents
 from .kernel_options import check_kernel_options, options_text
 from .mask_cache import cached_block_mask
 from .notices import say_once
@@ -55,6 +57,7 @@ def flex_attention(
     return_aux: None = ...,
     mask_mod: MaskMod | None = ...,
     backend: str = ...,
+    batch_invariant: bool | Documents = ...,
 ) -> Tensor: ...
 
 
@@ -73,6 +76,7 @@ def flex_attention(
     return_aux: None = ...,
     mask_mod: MaskMod | None = ...,
     backend: str = ...,
+    batch_invariant: bool | Documents = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -91,6 +95,7 @@ def flex_attention(
     return_aux: AuxRequest,
     mask_mod: MaskMod | None = ...,
     backend: str = ...,
+    batch_invariant: bool | Documents = ...,
 ) -> tuple[Tensor, AuxOutput]: ...
 
 
@@ -108,6 +113,7 @@ def flex_attention(
     return_aux: AuxRequest | None = None,
     mask_mod: MaskMod | None = None,
     backend: str = "auto",
+    batch_invariant: bool | Documents = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Softmax attention whose scores and mask are given by Python functions of one element.
 
@@ -137,6 +143,9 @@ def flex_attention(
             cached; give either this or `block_mask`.
         backend: "triton" (fused kernels; CUDA, ROCm, and the CPU under TRITON_INTERPRET=1), "tiled" (torch operators,
             linear memory, any device), "reference" (dense, for checking), or "auto", the fastest one for the device.
+        batch_invariant: True: what a batch entry gets is the same, to the bit, whatever the other entries and however many.
+            The `Documents` of packed rows: besides, what a document gets is what it gets alone; attention stays within
+            documents, and `mask_mod` says the rest. Slower; see docs/numerics.md for what it promises.
 
     Returns:
         out [B, Hq, L, Ev] in the query's dtype and order of dimensions; `(out, lse)` with `return_lse`;
@@ -167,6 +176,12 @@ def flex_attention(
     query, key, value = autocast(query, key, value)
     validate.tensors(query, key, value, enable_gqa)
     options = check_kernel_options(kernel_options)
+    given, call = query, None
+    if batch_invariant is not False:
+        batch_invariance.check(batch_invariant, query, key, block_mask)
+        options = check_kernel_options({**options, batch_invariance.OPTION: True})
+        call = batch_invariance.arranged(query, key, value, score_mod, mask_mod, block_mask, batch_invariant)
+        query, key, value, score_mod, mask_mod, _ = call
     if mask_mod is not None:
         block_mask = cached_block_mask(mask_mod, query, key)
     lists: tuple[Tensor, ...] = ()
@@ -175,11 +190,11 @@ def flex_attention(
         validate.block_mask(block_mask, query, key)
         lists = block_mask.kv_lists()
         block_size = block_mask.BLOCK_SIZE
-        if not torch.compiler.is_compiling() and block_mask.contiguous:
+        if call is None and not torch.compiler.is_compiling() and block_mask.contiguous:
             options.setdefault("BLOCKS_ARE_CONTIGUOUS", True)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    out, lse, max_scores = capture.attention(
+    results = capture.attention(
         query,
         key,
         value,
@@ -191,6 +206,7 @@ def flex_attention(
         _choose_backend(backend, query, value),
         options_text(options),
     )
+    out, lse, max_scores = results if call is None else call.back(given, results)
     if return_aux is not None:
         aux = AuxOutput(lse if return_aux.lse else None, max_scores if return_aux.max_scores else None)
         return out, aux

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import dynamo, ops, reference, sharded, transforms, validate
+from . import dynamo, islands, ops, reference, sharded, transforms, validate
 from .autocast import without_autocast
+from .backends.invariant import is_invariant
 from .checks import check
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
@@ -22,6 +23,7 @@ from .codegen.trace_cache import cached_trace
 from .debug import debugging
 from .element import Origin
 from .errors import KernelError
+from .kernel_options import parsed_options
 from .operands import joined, split
 from .problem import Problem
 
@@ -62,7 +64,7 @@ def attention(
             check(problem, Origin(score_mod, mask_mod, own))
         if backend == "reference":
             with without_autocast(query.device):
-                dense = reference.solve(problem)
+                dense = (islands if is_invariant(parsed_options(options)) else reference).solve(problem)
             return dense if part is None else part.join(dense)
     attend = transforms.attention if transforms_are_active() else ops.attention
     try:

@@ -212,7 +212,9 @@ class _Checks:
         if step is None:
             raise FloatingPointError(f"the gradient of score_mod is not finite {where}: a sum of its parts overflows")
         into = element.text(step.arg)
-        advice = "" if element.value(step.grad) else _ADVICE
+        advice = "" if element.value(step.grad) else _OF_WHERE
+        if score.item() == -math.inf:
+            advice = _OF_MASKS
         raise FloatingPointError(
             f"the gradient of score_mod is not finite {where}: `{element.text(step.node)}` has the gradient "
             f"{element.shown(step.partial)} with respect to `{into}`, where {element.operands(step.node)}"
@@ -238,9 +240,12 @@ _CAN_BREAK = frozenset(Op) - {
     *(Op.INPUT, Op.CONST, Op.CAST, Op.DETACH, Op.NEG, Op.ADD, Op.SUB, Op.WHERE, Op.SIGN),
     *(Op.LT, Op.LE, Op.EQ, Op.NE, Op.AND, Op.OR, Op.XOR, Op.NOT),
 }
-_ADVICE = (
+_OF_WHERE = (
     "\nA gradient of 0 arrives there, and 0 times infinity is nan: torch.where does not protect the branch that it does not "
     "take. Choose a safe operand first: f(torch.where(condition, x, 1.0))"
+)
+_OF_MASKS = (
+    "\nIts weight is 0, and 0 times what is not finite is nan: hide the element with a mask_mod, which cuts gradients"
 )
 
 

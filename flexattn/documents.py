@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .aligned import Aligned, of_ids
 from .block_lists import has_data
 from .mask_object import MaskMod, MaskObject
 from .masks import and_masks, document_mask
@@ -250,6 +251,23 @@ class Documents:
             return replace(self, document_ids=rows[0])
         apart = rows.long() + torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) * (rows.shape[1] + 1)
         return Documents.from_seq_idx(apart.masked_fill(rows < 0, -1).flatten())
+
+    @property
+    def aligned(self) -> Aligned:
+        """The layout that `flex_attention(batch_invariant=documents)` computes in: each document begins at a multiple of 128.
+
+        Made once, for which the host waits for the device. Compiled code cannot make it: read it once outside.
+
+        Example:
+            >>> import flexattn
+            >>> packed = flexattn.Documents.from_lengths([100, 200])
+            >>> packed.aligned.length, packed.aligned.place[0, [0, 99, 100, 299]].tolist()
+            (384, [0, 99, 128, 327])
+        """
+        unknown = torch.compiler.is_compiling() or self.document_ids.is_meta or type(self.document_ids) is not Tensor
+        if unknown and "aligned" not in self._values:
+            raise RuntimeError("compiled code cannot lay documents out: read documents.aligned once outside of it")
+        return self._kept("aligned", lambda: of_ids(self.seq_idx))
 
     # ---- to a mask
 

@@ -2,7 +2,7 @@
 
 The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
 kernels and never change a result beyond rounding, but for FAST_TANH; the tiled and reference backends have nothing to tune and
-accept them without effect.
+accept them without effect, but for BATCH_INVARIANT.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Option(NamedTuple):
@@ -42,6 +44,11 @@ OPTIONS: dict[str, Option] = {
         "the backward gives the same bits in every run: it has two passes, and gradients of captured tensors that are read "
         "at arbitrary indices are stored and sorted, instead of added by atomics; the same as under "
         "torch.use_deterministic_algorithms(True)",
+    ),
+    "BATCH_INVARIANT": Option(
+        "bool",
+        "what a batch entry gets depends on nothing but itself, to the bit; includes DETERMINISTIC. Set by "
+        "flex_attention(batch_invariant=), which also brings documents to the beginnings of blocks. All backends obey it",
     ),
     "AUTOTUNE": Option(
         "bool",
@@ -94,10 +101,14 @@ OPTIONS: dict[str, Option] = {
 _TILES = frozenset(name for name, option in OPTIONS.items() if option.kind == _TILE)
 PREFIXES = ("fwd_", "bwd_")
 _FORWARD, _BACKWARD = "it is about the forward alone", "it is about the backward alone"
+_BOTH = "gradients are of the same documents as results"
+_TIMED = "a choice by time depends on the batch that was timed"
 _MEANINGLESS = {
     "fwd_FAST_TANH": "the backward computes the scores of the forward again, by the same tanh",
     "bwd_FAST_TANH": "the backward computes the scores of the forward again, by the same tanh",
     "fwd_DETERMINISTIC": "it is the backward that may differ from run to run",
+    "fwd_BATCH_INVARIANT": _BOTH,
+    "bwd_BATCH_INVARIANT": _BOTH,
     "bwd_WARP_SPECIALIZED": "only the forward has such a kernel",
     "bwd_OVERLAP": _FORWARD,
     "fwd_UPRIGHT": _BACKWARD,
@@ -111,6 +122,15 @@ _CONTRADICTIONS = (  # an option, whether it is the forward's, and the other tha
         True,
         "one pass adds to dQ by atomics, in an order that differs from run to run",
     ),
+    (
+        "ONE_PASS",
+        False,
+        "BATCH_INVARIANT",
+        True,
+        "one pass adds to dQ by atomics, in an order that differs from run to run",
+    ),
+    ("AUTOTUNE", True, "BATCH_INVARIANT", True, _TIMED),
+    ("AUTOTUNE", False, "BATCH_INVARIANT", True, _TIMED),
     ("OVERLAP", True, "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"),
 )
 
@@ -157,6 +177,8 @@ def options_of(options: Mapping[str, Any], forward: bool) -> dict[str, Any]:
 
 def options_text(options: Mapping[str, Any]) -> str:
     """Checked options as the operators take them: "BLOCK_M=64,USE_TMA=True", sorted."""
+    if torch.compiler.is_compiling():  # Dynamo warns of caches
+        return _text.__wrapped__(tuple(options.items()))
     return _text(tuple(options.items())) if options else ""
 
 

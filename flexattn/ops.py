@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .backends import tiled, tiled_backward
+from .backends.invariant import is_invariant
 from .codegen.evaluate import TORCH_DTYPE
 from .codegen.pipeline import variant
 from .codegen.private import AFTER_AUTOGRAD, AutoDispatchBelowAutograd, is_legacy_batched, watched
@@ -111,7 +112,7 @@ def _forward(
         return out, lse, max_scores
     problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
     with without_autocast(query.device):
-        return tiled.forward(problem)
+        return tiled.forward(problem, is_invariant(parsed_options(options)))
 
 
 def _backward(
@@ -152,7 +153,8 @@ def _backward(
         return dq, dk, dv, dcaptured
     problem = _problem(query, key, value, captured, block_mask, ints, floats, block_size, program, scale)
     with without_autocast(query.device):
-        dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted)
+        apart = is_invariant(parsed_options(options))
+        dq, dk, dv, dcaptured = tiled_backward.backward(problem, out, lse, dout, dlse, wanted, apart)
     return dq, dk, dv, dcaptured
 
 

@@ -48,8 +48,12 @@ def solve(problem: Problem) -> Attention:
     return Attention(out, dense.lse.contiguous(), dense.max_scores.detach().contiguous())
 
 
-def attention(problem: Problem, products: torch.dtype | None = None) -> Attention:
+def attention(
+    problem: Problem, products: torch.dtype | None = None, origin: tuple[int, int, int, int] = (0, 0, 0, 0)
+) -> Attention:
     """Solve a problem densely.
+
+    `origin` is the first index along each axis, (b, h, q_idx, kv_idx), where the problem is a part of one.
 
     `products` is the dtype of the two matrix products, by default that of the scores. With the dtype of the inputs it
     is the plain low-precision implementation whose error is a yardstick for any other.
@@ -67,7 +71,8 @@ def attention(problem: Problem, products: torch.dtype | None = None) -> Attentio
     scores = (q @ k.mT).to(dtype) * problem.given_scale
 
     # Indices of full size, so that the gradient of each loaded element can be cut where it is masked.
-    axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (B, H, L, S)]
+    begins = zip(origin, (B, H, L, S), strict=True)
+    axes = [torch.arange(first, first + n, dtype=torch.int32, device=device) for first, n in begins]
     index = [a.view([-1 if i == d else 1 for i in range(4)]).expand(B, H, L, S) for d, a in enumerate(axes)]
     named = dict(zip(("b", "h", "q_idx", "kv_idx"), index, strict=True))
     inputs = Inputs(named, problem.tensors, problem.floats, problem.ints, device)

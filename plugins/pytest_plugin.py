@@ -134,7 +134,7 @@ def flexattn_seed(pytestconfig: pytest.Config) -> Iterator[int]:
 
 
 @pytest.fixture
-def flexattn_deterministic(flexattn_seed: int) -> Iterator[int]:
+def flexattn_deterministic(flexattn_seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A test that gives the same bits in every run: seeded, torch's deterministic algorithms, one thread, exact products.
 
     The value is the seed. What is set for the test, and what the test itself sets of the same, is restored: default dtype
@@ -142,6 +142,8 @@ def flexattn_deterministic(flexattn_seed: int) -> Iterator[int]:
     """
     import torch
 
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:  # without it, torch refuses products on a GPU
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with restored():
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)
@@ -161,8 +163,8 @@ def restored() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before["default dtype"])
-        if torch.get_default_device() != before["default device"]:
-            torch.set_default_device(before["default device"])
+        if (device := before["default device"]) != torch.get_default_device():
+            torch.set_default_device(None if device.type == "cpu" else device)  # None: without a mode that sets it
         torch.set_grad_enabled(before["gradients"])
         torch.use_deterministic_algorithms(before["deterministic"], warn_only=warned)
         torch.set_num_threads(before["threads"])

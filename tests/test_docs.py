@@ -131,7 +131,7 @@ def test_some_docstrings_have_examples() -> None:
         name: sum(len(t.examples) for t in doctest.DocTestFinder().find(importlib.import_module(name)))
         for name in MODULES
     }
-    for name in ("api", "block_mask", "create", "masks", "mods", "explain", "debug"):
+    for name in ("api", "block_mask", "create", "masks", "mods", "explain", "debug", "inspection"):
         assert counted[f"flexattn.{name}"] > 0, name
 
 

@@ -20,6 +20,7 @@ from ..codegen.ir import Op
 from ..codegen.linear import collect
 from ..problem import Problem
 from .captured_gradients import Block, CapturedGradients, block_of, inputs_of, scatter
+from .invariant import is_invariant
 
 # Bytes of all workspaces together. More if one program needs more, or BUSY ones do where the gradient itself is as large.
 WORKSPACE = 256 << 20
@@ -74,7 +75,7 @@ class _Piece(NamedTuple):
 class Collection:
     """The buffers that the gradients of `wanted` captured tensors are collected in.
 
-    The methods are chosen for the problem's sizes, unless they are given.
+    The methods are chosen for the problem's sizes, unless they are given, or the choice shall be `invariant`.
 
     Attributes:
         methods: how that of each of the derivative's loads is; None where it is not wanted, or zero.
@@ -82,7 +83,12 @@ class Collection:
     """
 
     def __init__(
-        self, problem: Problem, wanted: Sequence[int], deterministic: bool = False, methods: Methods | None = None
+        self,
+        problem: Problem,
+        wanted: Sequence[int],
+        deterministic: bool = False,
+        methods: Methods | None = None,
+        invariant: bool = False,
     ) -> None:
         self.problem = problem
         self.gradients = CapturedGradients(problem, wanted, torch.float32)
@@ -90,7 +96,8 @@ class Collection:
         self.blocks = {load: block_of(problem, to) for load, to in found.items()}
         loads = [load for load, _ in problem.variant.derivative.loads]
         if methods is None:
-            chosen = {load: _method(problem, to, self.blocks[load], deterministic) for load, to in found.items()}
+            blocks = {load: None if invariant else block for load, block in self.blocks.items()}
+            chosen = {load: _method(problem, to, blocks[load], deterministic) for load, to in found.items()}
             methods = tuple(chosen.get(load) for load in loads)
         self.methods = methods
         self._by_method = [(found[load], m) for load, m in zip(loads, self.methods, strict=True) if m is not None]
@@ -307,7 +314,7 @@ class _Diagonals(NamedTuple):
 
 def is_deterministic(options: Mapping[str, Any]) -> bool:
     """Whether gradients shall be the same bits in every run, by checked options of the backward or by torch's setting."""
-    return bool(options.get("DETERMINISTIC")) or torch.are_deterministic_algorithms_enabled()
+    return bool(options.get("DETERMINISTIC")) or is_invariant(options) or torch.are_deterministic_algorithms_enabled()
 
 
 def _method(problem: Problem, to: Access, block: Block | None, deterministic: bool) -> Method:

@@ -22,6 +22,7 @@ from ..errors import KernelError
 from . import recording
 from .resources import Resources, resources
 from .target import Target, current, interpreted
+from .unspecialised import unspecialised
 
 
 def whole(programs: int, shaped: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -62,6 +63,7 @@ class Call(NamedTuple):
         prepare: brings the buffers that the kernel adds to into the state it needs. Runs before every run of the call.
         outputs: the tensors that a run has written.
         tuning: None where the first configuration that fits is taken.
+        invariant: whether the choice may depend on no length and no batch.
         ahead: whether configurations that need many registers are tried first, see `config.AHEAD`.
     """
 
@@ -82,6 +84,7 @@ class Call(NamedTuple):
     outputs: Callable[[], Sequence[Tensor]] = tuple
     tuning: Tuning | None = None
     ahead: bool = True
+    invariant: bool = False
 
 
 class Chosen(NamedTuple):
@@ -214,8 +217,11 @@ def compiled(call: Call, config: KernelConfig) -> Any:
     """The kernel compiled for the active target, not launched."""
     shaped = call.shaped(config)
     _, more = next(call.parts(shaped.pop("grid"), shaped))
+    arguments = {**call.arguments, **shaped, **more}
+    if call.invariant:
+        arguments = unspecialised(arguments)
     try:
-        return call.kernel.run(grid=(1,), warmup=True, **call.arguments, **shaped, **more, **_options(call, config))
+        return call.kernel.run(grid=(1,), warmup=True, **arguments, **_options(call, config))
     except CompilationError as error:
         found = explained(error)
         raise found from (error.__cause__ if found is error else error)

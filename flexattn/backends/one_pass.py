@@ -14,6 +14,7 @@ from ..config import prefers_one_pass
 from ..problem import Problem
 from . import work_order
 from .collection import is_deterministic
+from .invariant import is_invariant
 from .products import pieces, precision_of, product_of
 from .target import Target, current, interpreted
 
@@ -48,7 +49,7 @@ class Sums(NamedTuple):
         new = partial(torch.empty, dtype=torch.float32, device=query.device)
         Bkv, Hkv, S, D = key.shape
         group = query.shape[0] // Bkv * (query.shape[1] // Hkv)
-        parts = work_order.splits(S, Bkv * Hkv, group, query.device)
+        parts = 1 if is_invariant(options) else work_order.splits(S, Bkv * Hkv, group, query.device)
         dq = dk = dv = None
         if in_one_pass:
             step = max(ROWS, options.get("BLOCK_M1", 0))

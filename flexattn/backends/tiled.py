@@ -26,6 +26,7 @@ from ..problem import Problem
 from .indices import Corner, hidden, kept_place_of, number, place_of
 from .kept import kept
 from .schedule import Leg, Span, Split, Tile, chunks, everything, legs, width
+from .schedule_apart import legs_apart
 
 LOG2E = 1 / math.log(2)
 KEPT_BLOCKS = (
@@ -132,11 +133,19 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
-class Walk:
-    """The journey over the tiles of a problem that forward and backward share."""
+def _copied(x: Tensor) -> Tensor:
+    """A matrix product may round by the strides and the alignment of what it reads."""
+    return x.clone(memory_format=torch.contiguous_format)
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+
+class Walk:
+    """The journey over the tiles of a problem that forward and backward share.
+
+    `apart`: every block is computed in the same way whatever else there is, see `schedule_apart`.
+    """
+
+    def __init__(self, problem: Problem, apart: bool = False) -> None:
+        self.problem, self.apart = problem, apart
         self.variant = problem.variant
         self.dtype = TORCH_DTYPE[problem.variant.score_dtype]
         self.device = problem.query.device
@@ -158,10 +167,11 @@ class Walk:
         S = p.key.shape[2]
         rest = p.block_size, (B, H, L, S), self.group_size, p.key.shape[0] != B
         if not p.block_mask:
-            return everything(*rest)
+            return legs_apart((), *rest) if self.apart else everything(*rest)
+        make = legs_apart if self.apart else legs
         if sum([t.numel() for t in p.block_mask]) > KEPT_BLOCKS:
-            return legs(p.block_mask, *rest)
-        return kept("legs", p.block_mask, rest, lambda: legs(p.block_mask, *rest))
+            return make(p.block_mask, *rest)
+        return kept("legs", p.block_mask, (self.apart, *rest), lambda: make(p.block_mask, *rest))
 
     def part(self, split: Split) -> Part:
         """The keys and values of a split."""
@@ -174,9 +184,18 @@ class Walk:
     def parts(self, leg: Leg) -> Iterator[Part]:
         return map(self.part, leg.splits)
 
-    def width(self, tile: Tile) -> int:
-        """Keys of a matrix product."""
-        return width(tile, self.group_size)
+    def chunked(self, tile: Tile) -> tuple[tuple[Span, ...], ...]:
+        """The keys of each matrix product."""
+        return tuple((s,) for s in tile.spans) if self.apart else chunks(tile.spans, width(tile, self.group_size))
+
+    def rows(self, part: Part, x: Tensor, tile: Tile) -> Tensor:
+        """Rows of a tensor [B, Hq, L, D], as [N, G * rows, D] in the compute dtype."""
+        found = part.rows(x, tile)
+        return _copied(found) if self.apart else found
+
+    def columns(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """The chunk's rows of K or V."""
+        return _copied(chunk.columns(x)) if self.apart else chunk.columns(x)
 
     def chunks(self, part: Part, tile: Tile) -> Iterator[Chunk]:
         """The chunks of a tile's keys, with the masks of their partial columns."""
@@ -185,7 +204,7 @@ class Walk:
         tensors = p.tensors
         sizes = tuple([t.shape for t in tensors])
         make = kept_place_of if self.device.type == "cpu" else place_of
-        for spans in chunks(tile.spans, self.width(tile)):
+        for spans in self.chunked(tile):
             masked = mask is not None and len(spans) == 1 and spans[0].partial
             corner = Corner(b, h, split.lead[2], (tile.start, tile.stop), merged(spans), masked)
             place = make(self.variant.text, corner, self.device, sizes)
@@ -254,9 +273,9 @@ def _columns(x: Tensor, start: int, stop: int) -> Tensor:
     return x if start == 0 and stop == x.shape[-1] else x[..., start:stop]
 
 
-def forward(problem: Problem) -> Forward:
-    """Output, lse and row maxima of the modified scores."""
-    walk, query = Walk(problem), problem.query
+def forward(problem: Problem, apart: bool = False) -> Forward:
+    """Output, lse and row maxima of the modified scores. `apart`: as in `Walk`."""
+    walk, query = Walk(problem, apart), problem.query
     B, H, L, _ = query.shape
     journey = walk.legs()
     if len(journey) == 1 and len(journey[0].splits) == len(journey[0].group.tiles) == 1 and query.is_contiguous():
@@ -279,10 +298,10 @@ def forward(problem: Problem) -> Forward:
 
 def _forward_tile(walk: Walk, part: Part, tile: Tile) -> Forward:
     """out [N, G * rows, Ev], lse and max_scores [N, G * rows, 1] of a tile, in the compute dtype."""
-    q = part.rows(walk.problem.query, tile).mul(walk.scalar(walk.q_scale))
+    q = walk.rows(part, walk.problem.query, tile).mul(walk.scalar(walk.q_scale))
     m_i: Tensor | None = None
     for chunk in walk.chunks(part, tile):
-        k, v = chunk.columns(part.k), chunk.columns(part.v)
+        k, v = walk.columns(chunk, part.k), walk.columns(chunk, part.v)
         raw = walk.scores(part, chunk, q, k)
         p = walk.modified(part, chunk, raw)
         # A row masked so far has maximum -inf: the smallest finite number keeps -inf - m from being nan.

@@ -29,24 +29,31 @@ class Backward(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """Per-row quantities [B, Hq, L, 1]: lse in log2 units (+inf where nothing is attended), and delta."""
+    """Rows [B, Hq, L, .]: lse in log2 units (+inf where nothing is attended), its gradient, the output, and its gradient."""
 
     lse: Tensor
-    delta: Tensor
+    dlse: Tensor | None
+    out: Tensor
     dout: Tensor
 
 
 def backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wanted: Sequence[int]
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    wanted: Sequence[int],
+    apart: bool = False,
 ) -> Backward:
-    """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
-    walk = Walk(problem)
-    delta = (out.to(walk.dtype) * dout.to(walk.dtype)).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta.sub_(dlse.unsqueeze(-1))
+    """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors.
+
+    `apart`: as in `Walk`.
+    """
+    walk = Walk(problem, apart)
     # A row without keys has weight exp2(-inf - inf) = 0 everywhere.
     lse2 = (lse * LOG2E).masked_fill_(lse == float("-inf"), float("inf")).unsqueeze(-1)
-    saved = _Saved(lse2, delta, dout)
+    saved = _Saved(lse2, None if dlse is None else dlse.unsqueeze(-1), out, dout)
     dq = torch.zeros(problem.query.shape, dtype=walk.dtype, device=walk.device)
     dk, dv = (torch.zeros(t.shape, dtype=walk.dtype, device=walk.device) for t in (problem.key, problem.value))
     captured = TileSums(problem, wanted, walk.dtype, walk.pool)
@@ -75,31 +82,34 @@ def _backward_tile(
 ) -> None:
     if not tile.spans:
         return
-    query = part.rows(walk.problem.query, tile)
+    query = walk.rows(part, walk.problem.query, tile)
     q = query * walk.q_scale
-    do, lse, delta = (part.rows(x, tile) for x in (saved.dout, saved.lse, saved.delta))
+    do, out, lse = (walk.rows(part, x, tile) for x in (saved.dout, saved.out, saved.lse))
+    delta = (out * do).sum(-1, keepdim=True)
+    if saved.dlse is not None:
+        delta.sub_(walk.rows(part, saved.dlse, tile))
     dq_tile = torch.zeros_like(q)
     for chunk in walk.chunks(part, tile):
-        k, v = chunk.columns(part.k), chunk.columns(part.v)
+        k, v = walk.columns(chunk, part.k), walk.columns(chunk, part.v)
         raw = walk.scores(part, chunk, q, k)
         p = walk.modified(part, chunk, raw).sub_(lse).exp2_()
-        _add_columns(dv, chunk, p, do)
+        _add_columns(dv, chunk, p, do, walk.apart)
         ds = torch.bmm(do, v.mT, out=walk.pool.take(p.shape, p.dtype))
         ds.sub_(delta).mul_(p)
         if p is not raw:
             walk.pool.give(p)
         gradient = _through_mod(walk, part, tile, chunk, raw, ds, captured)
         dq_tile.baddbmm_(gradient, k)
-        _add_columns(dk, chunk, gradient, query)
+        _add_columns(dk, chunk, gradient, query, walk.apart)
         for buffer in (gradient, ds, raw):
             walk.pool.give(buffer)
     part.put(dq, tile, dq_tile.mul_(walk.problem.scale))
 
 
-def _add_columns(target: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor) -> None:
+def _add_columns(target: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, apart: bool) -> None:
     """`target[:, keys of the chunk] += weights^T rows`."""
     ranges = merged(chunk.spans)
-    if len(ranges) == 1:
+    if len(ranges) == 1 and not apart:
         target[:, ranges[0][0] : ranges[0][1]].baddbmm_(weights.mT, rows)
         return
     product = torch.bmm(weights.mT, rows)

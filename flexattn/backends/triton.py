@@ -22,7 +22,7 @@ from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
 from ..config import BY_KEY, KernelConfig, Pass, Pinned, fitted, pinned
 from ..kernel_options import options_of, options_text
-from ..layout import empty_like_strides
+from ..layout import empty_like_strides, in_order_of
 from ..problem import Problem
 from ..templates.arguments import Lists, Matrix, Order, Shape
 from ..templates.backward_delta import attention_delta
@@ -32,6 +32,7 @@ from ..templates.forward import attention_forward
 from . import autotune, hopper, kernel_lists, work_order
 from .collection import Collection, Tiling, is_deterministic
 from .descriptors import LARGEST_BOX, TMA, describable, sum_descriptor, tile_descriptor
+from .invariant import by_one_form, canonical, canonical_problem, is_invariant
 from .launch import Call, launch, run
 from .one_pass import ALONE, Backward, Sums, in_one_pass_or_two
 from .products import padded, pieces, precision_of, product_of
@@ -54,13 +55,16 @@ class Forward(NamedTuple):
 
 def forward(problem: Problem, options: Mapping[str, Any]) -> Forward:
     """Output, lse and row maxima of the modified scores."""
+    given = problem.query
+    if is_invariant(options):
+        problem = canonical_problem(problem)
     query, value = problem.query, problem.value
     out = empty_like_strides(query, value.shape[-1])
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     result = Forward(out, lse, torch.empty_like(lse))
     if query.numel():
         launch(hopper.chosen(forward_call(problem, result, options), problem, options))
-    return result
+    return result if query is given else result._replace(out=in_order_of(given, out))
 
 
 def backward(
@@ -73,11 +77,14 @@ def backward(
     options: Mapping[str, Any],
 ) -> Backward:
     """Gradients given the forward's `out` and `lse` and their gradients; `wanted` numbers captured tensors."""
+    said = options_of(options, forward=False)
+    apart = is_invariant(said)
+    if apart:
+        problem, out, dout = canonical_problem(problem), canonical(out), canonical(dout)
     query, key, value = problem.query, problem.key, problem.value
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value))
     result = Backward(dq, dk, dv, [])
-    said = options_of(options, forward=False)
-    collection = Collection(problem, wanted, is_deterministic(said))
+    collection = Collection(problem, wanted, is_deterministic(said), invariant=apart)
     if not query.numel() or not key.numel():
         result.dq.zero_(), result.dk.zero_(), result.dv.zero_()
         return result._replace(dcaptured=collection.results())
@@ -197,7 +204,8 @@ def _call(
     )
     arguments |= {"L": L, "S": S, "heads": H, "group_size": group, "scale": problem.scale}
     read = [n for n in ("q", "k", "v", "dout") if n in matrices]
-    by_tma = all(describable(matrices[n]) for n in read)
+    apart = is_invariant(options)
+    by_tma = all(describable(matrices[n]) and (by_one_form(matrices[n]) or not apart) for n in read)
     widths = {n: pieces(n, options.get("PIECES", True)) for n in (D, DV)}
     row_bytes = (widths[D].columns + widths[DV].columns) * query.element_size()
     if by_key:
@@ -263,7 +271,7 @@ def _call(
 
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
-    key_of_choice += (by_tma, splits > 1, *widths.values())
+    key_of_choice += (by_tma, splits > 1, apart, *widths.values())
     compiler_options = _amd_options(options) if torch.version.hip else {}
     facts = {
         "pass": which,
@@ -285,6 +293,7 @@ def _call(
         pinned=fixed,
         arguments=arguments,
         ahead=not problem.variant.gathers,
+        invariant=apart,
         shaped=shaped,
         device=query.device,
         compiler_options=compiler_options,
@@ -367,6 +376,6 @@ def _amd_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_contiguous(problem: Problem, by_key: bool, options: Mapping[str, Any]) -> bool:
     """Whether adjacent blocks can be walked without reading their numbers: if the caller says so and it is true."""
-    if not problem.block_mask or not options.get("BLOCKS_ARE_CONTIGUOUS"):
+    if not problem.block_mask or not options.get("BLOCKS_ARE_CONTIGUOUS") or is_invariant(options):
         return False
     return kernel_lists.contiguous(problem.block_mask, -(-problem.key.shape[2] // problem.block_size[1]), by_key)

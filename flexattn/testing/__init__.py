@@ -8,6 +8,7 @@ from .causal import assert_causal
 from .descriptions import describe
 from .gradients import Gradcheck, gradcheck
 from .inputs import AttentionInputs
+from .invariance import assert_batch_invariant
 from .laws import LAWS, LawNotRun, check_laws
 from .leaks import assert_no_leak
 from .mask_diff import Counterexample, MaskDiff, mask_diff
@@ -22,6 +23,7 @@ __all__ = [
     "LawNotRun",
     "MaskDiff",
     "Sizes",
+    "assert_batch_invariant",
     "assert_causal",
     "assert_matches_reference",
     "assert_no_leak",

@@ -286,7 +286,8 @@ def block_masks(
     _check_space(0, batch, heads, length)
     Q_LEN, KV_LEN = draw(st.integers(1, length)), draw(st.integers(1, length))
     block = draw(st.sampled_from(_BLOCKS))
-    mod = draw(mask_mods(1, batch=batch, heads=heads, length=length) if mods is None else mods)
+    usual = _mods("m", 1, Space(True, batch, heads, length)).map(GeneratedMask)
+    mod = draw(usual if mods is None else mods)
     if not lists or not draw(st.booleans()):
         return _noted(create_block_mask(mod, batch, heads, Q_LEN, KV_LEN, "cpu", block))
     block = max(block[0], 16), max(block[1], 16)  # so that lists stay short

@@ -177,3 +177,13 @@ for fast in (False, True):
 def test_fast_tanh_is_one_instruction(tmp_path: Path) -> None:
     exact, fast = (counts := list(map(int, run("-c", FAST_TANH, cache=tmp_path).split())))[:3], counts[3:]
     assert exact == [0, 0, 0] and len(fast) == 3 and min(fast) > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_batch_invariant_calls_of_all_sizes_choose_alike_and_compute_alike(target: str, tmp_path: Path) -> None:
+    sizes = json.loads(run("tests/compile_only/invariant_choices.py", target, cache=tmp_path))
+    for records in zip(*sizes, strict=True):
+        (which,) = {r["pass"] for r in records}
+        assert len({r["launched"] for r in records}) > 1, f"{which}: kernels of their own, or nothing is tested"
+        for same in ("config", "chosen by", "arithmetic"):
+            assert len({r[same] for r in records}) == 1, (which, same, records)

@@ -131,6 +131,15 @@ def test_half_precision_and_equal_zeros() -> None:
     assert_causal(attention=flips, shape=20)
 
 
+def test_nan_is_the_same_as_nan() -> None:
+    def undefined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([v[:, :, :1] * float("nan"), v[:, :, 1:].cumsum(2)], 2)
+
+    assert_causal(attention=undefined, shape=20)
+    late = lambda q, k, v: torch.cat([v[:, :, :1], v[:, :, 1:].cumsum(2).where(v[:, :, 19:].abs() < 9, float("nan"))], 2)
+    assert "query 1 sees key 19." in text_of(attention=late, shape=20)
+
+
 def test_a_layer_that_looks_at_nothing_does_not_pass() -> None:
     for nothing in (torch.zeros_like, torch.ones_like):
         assert "does not depend on its inputs" in text_of(attention=lambda q, k, v, f=nothing: f(q), shape=20)
@@ -149,7 +158,7 @@ def test_wrong_arguments_are_refused() -> None:
         assert_causal(masks.causal_mask, 100, within=images)
     with pytest.raises(ValueError, match="within must be an integer tensor"):
         assert_causal(masks.causal_mask, 80, within=images.float())
-    with pytest.raises(ValueError, match="offset is 0.5"):
+    with pytest.raises(ValueError, match=r"offset is 0\.5"):
         assert_causal(masks.causal_mask, 80, offset=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must return a tensor"):
         assert_causal(attention=lambda q, k, v: q.sum(), shape=10)

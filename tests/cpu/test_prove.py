@@ -269,6 +269,44 @@ def test_narrow_integers_wrap_and_are_not_taken_for_numbers() -> None:
     assert not never(node(lambda b, h, q, k: q.to(torch.int8) != q))
     assert not never(node(lambda b, h, q, k: (q.to(torch.uint8) + 1) == 0))
     assert never(node(lambda b, h, q, k: q.to(torch.uint8) < 0))
+    assert not never(node(lambda b, h, q, k: (q.long() * 2**33).to(torch.int32) != q.long() * 2**33))
+    assert never(node(lambda b, h, q, k: q.long().to(torch.int64) != q))
+
+
+LOGIC: dict[str, Callable[[Any, Any], Any]] = {
+    "&": operator.and_,
+    "|": operator.or_,
+    "^": operator.xor,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    "where": lambda a, b: torch.where(a, b, ~a),
+    "not": lambda a, b: ~a,
+}
+
+
+@pytest.mark.parametrize("name", LOGIC)
+def test_the_logic_of_proofs_is_that_of_masks(name: str) -> None:
+    operation = LOGIC[name]
+    for q, k in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        value = bool(operation(torch.tensor(q == 1), torch.tensor(k == 1)))
+        here = lambda b, h, q_idx, kv_idx, q=q, k=k: (q_idx == q) & (kv_idx == k)
+        holds = lambda b, h, q_idx, kv_idx: operation(q_idx == 1, kv_idx == 1)
+        assert never(node(and_masks(here, holds))) is not value
+        assert never(node(and_masks(here, not_mask(holds)))) is value
+
+
+def test_what_is_not_understood_is_true_or_false() -> None:
+    assert never(node(lambda b, h, q, k: keep[q] & ~keep[q]))
+    assert not never(node(lambda b, h, q, k: keep[q] & ~keep[k]))
+    assert never(node(lambda b, h, q, k: (slopes[h] < 1) & (slopes[b] < 1) & ~(slopes[h] < 1)))
+
+
+def test_signs_of_products() -> None:
+    assert never(node(lambda b, h, q, k: q * k < 0)) and never(node(lambda b, h, q, k: ids[q] * ids[q] < 0))
+    assert not never(node(lambda b, h, q, k: ids[q] * ids[k] < 0))
+    assert not never(node(lambda b, h, q, k: (q - k) * q < 0))
 
 
 def test_a_search_gives_up_after_a_number_of_steps() -> None:

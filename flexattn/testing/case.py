@@ -17,10 +17,11 @@ from .. import api, ops, validate
 from ..api import AuxRequest, flex_attention
 from ..block_mask import BlockMask
 from ..capture import score_dtype
+from ..checks import check_indices
 from ..codegen.ir import Op
 from ..codegen.pipeline import variant
 from ..codegen.trace_cache import cached_trace
-from ..debug import check_indices
+from ..element import Origin
 from ..kernel_options import check_kernel_options, options_text
 from ..mask_cache import cached_block_mask
 from ..operands import split
@@ -106,8 +107,7 @@ class Case:
         """Raise `ValueError` where an attended element reads beyond a captured tensor: the kernel would read its border."""
         problem = self.problem(self.operands(sizes), self.masked(sizes))
         try:
-            with torch.no_grad():
-                check_indices(problem)
+            check_indices(problem, Origin(self.score_mod, self.mask_mod, problem.tensors))
         except IndexError as error:
             shapes = ", ".join(f"c{i} {tuple(t.shape)}" for i, t in enumerate(problem.tensors))
             raise ValueError(

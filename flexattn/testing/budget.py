@@ -14,7 +14,7 @@ the errors of a kernel that rounds each operation are, to first order (Higham, "
 - of dq, dk, dv, d captured: the sums of those, times |k|, |q|, |dO|, |ds/dc|; dR and p rounded to w before they are multiplied.
 
 Errors that the elements of a sum may share are added up as they are. The roundings to w are independent of each other: they add
-up to at most LAMBDA u sqrt(sum of squares) with a probability of 1 - 2 exp(-LAMBDA^2 / 2) (Hoeffding; Higham and Mary, "A new
+up to at most LAMBDA w / 2 sqrt(sum of squares) with a probability of 1 - 2 exp(-LAMBDA^2 / 2) (Hoeffding; Higham and Mary, "A new
 approach to probabilistic rounding error analysis", 2019), which is far less than the sum of their sizes, and what makes a sum in
 16 bits visible. A result may be off by this, or by `FACTOR` times the largest error of plain attention in its row.
 """
@@ -92,6 +92,8 @@ class _Row:
     p: Tensor
     E: Tensor
     lse_error: Tensor  # [B, Hq, L, 1]
+    alone: Tensor | float  # relative independent roundings of p
+    lse_alone: Tensor | float  # [B, Hq, L, 1], what they make of lse
 
 
 class Budgets(NamedTuple):
@@ -109,6 +111,7 @@ def budgets(
     seeds: Seeds,
     wanted: Sequence[int] = (),
     roundings: Mapping[Op, float] | None = None,
+    scores: bool = False,
 ) -> Budgets:
     """The allowed error of every element of the results out, lse, max_scores, dq, dk, dv and "d captured i".
 
@@ -119,9 +122,10 @@ def budgets(
         seeds: the gradients that arrive.
         wanted: numbers i of the captured tensors with gradients.
         roundings: operations of the mod with other roundings than `roundings.ROUNDINGS`, in units of eps.
+        scores: whether raw scores may be rounded to the dtype of the query, as plain attention has them, and once more by scale.
     """
     with torch.no_grad():
-        row = _row(problem, wide, exact, wanted, roundings)
+        row = _row(problem, wide, exact, wanted, roundings, scores)
         out, lse, top, shared = _forward(row, exact)
         found: Results = {"out": out, "lse": lse, "max_scores": top}
         found |= _backward(row, exact, seeds, shared, problem, wanted)
@@ -149,7 +153,12 @@ def nearby(error: Tensor, name: str) -> Tensor:
 
 
 def _row(
-    problem: Problem, wide: Wide, exact: Results, wanted: Sequence[int], roundings: Mapping[Op, float] | None
+    problem: Problem,
+    wide: Wide,
+    exact: Results,
+    wanted: Sequence[int],
+    roundings: Mapping[Op, float] | None,
+    scores: bool,
 ) -> _Row:
     precision, solved = Precision.of(problem), wide.problem
     (B, H, L, _), S = problem.query.shape, problem.key.shape[2]
@@ -182,7 +191,14 @@ def _row(
     E = spread + precision.e * p * (1 + size)
     total = E.sum(-1, keepdim=True) + precision.e * growth(S)
     total = torch.where(total < 1, -torch.log1p(-total), torch.inf).masked_fill(lse == -torch.inf, 0.0)
-    return _Row(precision, problem.scale, q, k, v, keep, mod, p, E, total)
+    alone: Tensor | float = LAMBDA * precision.w / 2
+    lse_alone: Tensor | float = 0.0
+    if scores:
+        # Two roundings of r, which the mod multiplies by its slope; out and lse change by sums of them.
+        changed = 2**0.5 * (raw * mod.slope.value).abs()
+        lse_alone = alone * (p * changed).square().sum(-1, keepdim=True).sqrt()
+        alone = alone * (1 + changed.square()).sqrt()
+    return _Row(precision, problem.scale, q, k, v, keep, mod, p, E, total, alone, lse_alone)
 
 
 def growth(terms: float) -> float:
@@ -205,10 +221,10 @@ def _forward(row: _Row, exact: Results) -> tuple[Tensor, Tensor, Tensor, _Shared
     out, lse, top = exact["out"].abs(), exact["lse"], exact["max_scores"]
     v = row.value.abs()
     shared = row.E @ v + row.lse_error * out + e * growth(S) * (row.p @ v)
-    rounded = LAMBDA * w / 2 * (row.p.square() @ v.square()).sqrt() + tiny * (row.keep.double() @ v)
+    rounded = ((row.alone * row.p).square() @ v.square()).sqrt() + row.lse_alone * out + tiny * (row.keep.double() @ v)
     size = top.masked_fill(top == -torch.inf, 0.0).abs()
     finite = lse.masked_fill(lse == -torch.inf, 0.0).abs()
-    of_lse = row.lse_error.squeeze(-1) + 2 * e * (1 + finite + size)
+    of_lse = (row.lse_error + row.lse_alone).squeeze(-1) + 2 * e * (1 + finite + size)
     if S:
         highest, lowest = row.mod.high.amax(-1), row.mod.low.amax(-1)
         of_top = torch.maximum(*(torch.where(a == top, 0.0, (a - top).abs()) for a in (highest, lowest)))
@@ -230,8 +246,8 @@ def _backward(
     dP_error = 2 * e * growth(v.shape[-1]) * (do @ v.mT) + seeds.dout_error @ v.mT
     D_error = (do * shared.error + 2 * e * inner.abs() + seeds.dout_error * exact["out"].abs()).sum(-1, keepdim=True)
     D_error = D_error + (2 * e * seeds.dlse.abs() + seeds.dlse_error).unsqueeze(-1)
-    alone = (inner.square().sum(-1) + (row.p * dP).square().sum(-1)).sqrt().mul(LAMBDA * w / 2)
-    alone = (alone + w * inner.sum(-1).abs()).unsqueeze(-1)
+    alone = ((LAMBDA * w / 2 * inner).square().sum(-1) + (row.alone * row.p * dP).square().sum(-1)).sqrt().unsqueeze(-1)
+    alone = alone + (w + row.lse_alone) * inner.sum(-1, keepdim=True).abs()
     # dS
     X, p_error = dP - D, row.E + row.p * row.lse_error
     weight = row.p + p_error
@@ -249,13 +265,14 @@ def _backward(
 
     count, at_all = growth(S), row.keep.double()
     dq = (dR_error + e * count * dR.abs() + tiny * at_all) @ k.abs() + alone * (per_row @ k).abs()
-    dq = scale * (dq + LAMBDA * w / 2 * (dR.square() @ k.square()).sqrt())
+    dq = scale * (dq + ((row.alone * dR).square() @ k.square()).sqrt() + row.lse_alone * (dR @ k).abs())
     count = growth(L * H / max(1, kv_shape[1]))
     dk = over_group((dR_error + e * count * dR.abs() + tiny * at_all).mT @ q.abs())
-    squares = (LAMBDA * w / 2 * dR).square() + (alone * per_row).square()
+    squares = (row.alone * dR).square() + (row.lse_alone * dR).square() + (alone * per_row).square()
     dk = scale * (dk + over_group(squares.mT @ q.square()).sqrt())
     dv = over_group((p_error + e * count * row.p + tiny * at_all).mT @ do + row.p.mT @ seeds.dout_error)
-    dv = dv + LAMBDA * w / 2 * over_group(row.p.square().mT @ do.square()).sqrt()
+    squares = (row.alone * row.p).square() + (row.lse_alone * row.p).square()
+    dv = dv + over_group(squares.mT @ do.square()).sqrt()
     found = {"dq": dq, "dk": dk, "dv": dv}
     found = {n: t + 1.5 * w * exact[n].abs() + tiny for n, t in found.items() if n in exact}
     for i in wanted:

@@ -125,7 +125,8 @@ class Case:
         wide = widened(problem)
         exact, seeds, plain = self._truth(operands, problem, wide, wanted, "lse" in found)
         roundings = {Op.TANH: FAST_TANH / 2**-23} if (self.kernel_options or {}).get("FAST_TANH") else {}
-        allowed = budgets(problem, wide, exact, plain, seeds, wanted, roundings).allowed
+        own = self.attention is not None
+        allowed = budgets(problem, wide, exact, plain, seeds, wanted, roundings, scores=own).allowed
         if self.normalizer is not None:
             exact["normalized"], allowed["normalized"] = self._normalized(exact, Bounds(*(allowed[n] for n in Bounds._fields)))
         compared = [name for name in found if name in exact]
@@ -185,7 +186,8 @@ class Case:
         exact = solve(wide.problem, [], dout, dlse)
         seeds = Seeds(dout, torch.where(exact["lse"].isfinite(), dlse, 0) if with_lse else zero[1], *zero)
         if self.normalizer is not None:
-            bounds = budgets(problem, wide, exact, None, Seeds(*zero, *zero)).allowed
+            own = self.attention is not None
+            bounds = budgets(problem, wide, exact, None, Seeds(*zero, *zero), scores=own).allowed
             seeds = self._seeds(exact, Bounds(*(bounds[n] for n in Bounds._fields)), dout)
         leaves = [(i, wide.leaves[i]) for i in wanted]
         exact = solve(wide.problem, leaves, seeds.dout, seeds.dlse)

@@ -21,7 +21,7 @@ from .wide import widened
 
 STEP = 2.0**-14  # the largest of three, each half of the one before
 CLOSER = 2.0**-6  # what seems wrong is looked at again at so much smaller steps
-SHARP = 1e-2  # differences that tell a derivative less exactly than this decide nothing
+SHARP = 1e-2  # differences that depend on the step by more than this decide nothing
 SMALL = Sizes(2, 4, 2, 20, 24, 8, 8)
 NAMES = ("query", "key", "value")
 
@@ -107,8 +107,13 @@ class _Difference:
     """A central difference at the smallest of three steps: its value, its error, and whether both sides agree."""
 
     value: float
-    error: float
+    spread: float  # what the step changes
+    noise: float  # what rounding may
     smooth: bool
+
+    @property
+    def error(self) -> float:
+        return 4 * self.spread + self.noise
 
 
 @dataclass
@@ -159,14 +164,13 @@ class _Function:
         compared, left_out = 0, []
         for name, leaf in self.leaves.items():
             generated = self.gradients[name]
-            typical = float(generated.abs().mean()) if generated.numel() else 0.0
             for place, move in _moves(name, leaf, entries, directions, seed):
                 derivative = float((generated * move).sum())
                 found = self.difference(leaf, move, STEP)
                 if abs(found.value - derivative) > found.error or not found.smooth:
                     found = self.difference(leaf, move, STEP * CLOSER)
                 size = max(abs(derivative), abs(found.value))
-                if not found.smooth or found.error > SHARP * max(size, typical * float(move.abs().sum())):
+                if not found.smooth or 4 * found.spread > max(SHARP * size, found.noise):
                     left_out.append(place)
                 elif abs(found.value - derivative) > found.error:
                     raise AssertionError(self.report(place, derivative, found))
@@ -196,7 +200,7 @@ class _Function:
         spread = max(abs(central[0] - central[1]), abs(central[1] - central[2]))
         # At a kink the sides differ by the same amount however small the step; elsewhere by half of it at half the step.
         smooth = abs(jump[2]) <= 0.75 * abs(jump[1]) + noise and spread < float("inf")
-        return _Difference(central[2], 4 * spread + noise, smooth)
+        return _Difference(central[2], spread, noise, smooth)
 
     def report(self, place: str, derivative: float, found: _Difference) -> str:
         return (

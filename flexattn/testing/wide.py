@@ -75,7 +75,7 @@ def _wide(score: Node, first: int) -> Node:
             assert isinstance(base.value, tuple)
             wide = Node(Op.CAPTURED, (), DType.FLOAT64, base.kind, (first + base.value[0], base.value[1]))
             made[node] = Node(Op.LOAD, (wide, *(made.get(i, i) for i in index)), DType.FLOAT64, node.kind)
-        elif _widens(node, made):
+        elif any(a in made for a in node.args):
             args = tuple(made.get(a, a) if not a.dtype.is_float else in_double(a) for a in node.args)
             if node.op is Op.CAST and node.dtype.is_float:
                 made[node] = args[0] if args[0].dtype is DType.FLOAT64 else Node(Op.CAST, args, DType.FLOAT64, node.kind)
@@ -84,8 +84,3 @@ def _wide(score: Node, first: int) -> Node:
             else:
                 made[node] = apply(node.op, *args)
     return in_double(score)
-
-
-def _widens(node: Node, made: dict[Node, Node]) -> bool:
-    """Whether an operation depends on something widened: a number on any, a choice or an index on the score alone."""
-    return any(a in made and (node.dtype.is_float or "score" in a.axes) for a in node.args)

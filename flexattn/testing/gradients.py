@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..codegen.ir import Op, walk
+from ..codegen.ir import Node, Op, walk
 from ..codegen.trace import describe
 from ..mask_cache import cached_block_mask
 from ..operands import split
@@ -54,12 +54,11 @@ def gradcheck(
 ) -> Gradcheck:
     """Compare the gradients that flexattn generates for a mod with central differences, in float64.
 
-    The function is a random combination of out and lse, or of `normalizer(out, lse)`, of query, key, value and the captured
-    tensors that require a gradient, all of them in float64: a captured tensor of lower precision is replaced in the traced
-    program, so that it can be moved by a step of any size. Unlike `assert_matches_reference` it needs no second derivation of the
-    gradient, only the forward.
+    The function is a random combination of out and lse, or of `normalizer(out, lse)`. Its variables are query, key, value and
+    the captured tensors that require a gradient, all in float64: one of lower precision is replaced in the traced program, so
+    that it can be moved by a step of any size. Nothing but the forward of the tiled backend is believed.
 
-    Where the function has a kink or a jump (`abs`, `clamp`, `where` on the score) near the point, a difference is no derivative:
+    Where the function has a kink or a jump near the point (`abs`, `clamp`, `where` on the score) a difference is no derivative:
     such entries are left out, and the result names them.
 
     Args:
@@ -124,7 +123,7 @@ class _Function:
     leaves: dict[str, Tensor]
     loss: Callable[[], tuple[float, float]]
     gradients: dict[str, Tensor]
-    score: object
+    score: Node
 
     @classmethod
     def of(cls, case: Case, sizes: Sizes) -> _Function:
@@ -145,7 +144,9 @@ class _Function:
             if case.normalizer is not None:
                 made = case.normalizer(out, lse)
                 return made * operands.dout
-            return torch.cat([(out * operands.dout).flatten(), (lse.masked_fill(nothing, 0.0) * operands.dlse).flatten()])
+            return torch.cat(
+                [(out * operands.dout).flatten(), (lse.masked_fill(nothing, 0.0) * operands.dlse).flatten()]
+            )
 
         def loss() -> tuple[float, float]:
             with torch.no_grad():
@@ -154,9 +155,13 @@ class _Function:
 
         total = terms().sum()
         if not bool(total.isfinite()):
-            raise ValueError("the results have nan or infinity, which have no derivative; look for it with flexattn.debug_mode()")
+            raise ValueError(
+                "the results have nan or infinity, which have no derivative; look for it with flexattn.debug_mode()"
+            )
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        gradients = {n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, leaves.items(), strict=True)}
+        gradients = {
+            n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, leaves.items(), strict=True)
+        }
         mods = [describe(m) for m in (case.score_mod, case.mask_mod) if m is not None]
         return cls(" with ".join(mods) or "softmax attention", leaves, loss, gradients, problem.variant.score)
 
@@ -179,7 +184,7 @@ class _Function:
         return Gradcheck(compared, tuple(left_out))
 
     def difference(self, leaf: Tensor, move: Tensor, step: float) -> _Difference:
-        """Of the function along `move`. Smooth functions have differences that converge, and the same to both sides."""
+        """Along `move`. Where the function is smooth the differences converge, and to the same number on both sides."""
         start = leaf.detach().clone()
         middle, size = self.loss()
         eps = torch.finfo(torch.float64).eps

@@ -14,8 +14,8 @@ SECONDS = 30.0
 def smallest(sizes: Sizes, fails: Callable[[Sizes], bool], least: Sizes | None = None) -> Sizes:
     """Sizes at which `fails` is true and from which none of B, Hq, Hkv, L, S, E, Ev could be made smaller alone.
 
-    `fails` is true of `sizes`. Each size is reduced by half of itself, then by smaller and smaller steps down to one; heads keep
-    whole groups. `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
+    `fails` is true of `sizes`. Each size is reduced by half of itself, then by smaller and smaller steps down to one; groups of
+    heads stay whole. `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
 
     Example:
         >>> smallest(Sizes(), lambda sizes: sizes.S > 128)

@@ -69,7 +69,14 @@ def test_a_wrong_rule_is_found(op: Op) -> None:
     def wrong(node: Any, grad: Any) -> Any:
         return tuple(None if p is None else apply(Op.NEG, p) for p in right(node, grad))
 
-    of = {Op.TANH: "softcap", Op.DIV: "softcap", Op.EXP: "quotient", Op.POW: "powers", Op.LOG1P: "powers", Op.MUL: "table in bfloat16"}
+    of = {
+        Op.TANH: "softcap",
+        Op.DIV: "softcap",
+        Op.EXP: "quotient",
+        Op.POW: "powers",
+        Op.LOG1P: "powers",
+        Op.MUL: "table in bfloat16",
+    }
     pipeline.variant.cache_clear()
     with patch.dict(derivative.DERIVATIVES, {op: wrong}), pytest.raises(AssertionError) as failure:
         gradcheck(SMOOTH[of[op]], causal)
@@ -89,7 +96,9 @@ def test_a_wrong_rule_is_found(op: Op) -> None:
 )
 def test_a_kink_is_left_out_by_name(kinked: Callable[..., Any]) -> None:
     done = gradcheck(kinked, causal, entries=4, directions=1)
-    assert [place for place in done.left_out if "captured tensor" in place] == list(done.left_out) and len(done.left_out) >= 4
+    assert [place for place in done.left_out if "captured tensor" in place] == list(done.left_out) and len(
+        done.left_out
+    ) >= 4
     assert "left out, where the differences to either side disagree: by captured tensor c0 (4,)[dim 0=0]" in str(done)
 
 

@@ -185,5 +185,7 @@ def test_a_wrong_derivative(wrong_derivative: None) -> None:
     sizes, text = the_smallest(lambda: assert_matches_reference(softcap, shape=SINGLE))
     assert sizes == Sizes(1, 1, 1, 1, 1, 1, 1)  # through lse, which has a gradient even with one key
     assert "right: out, lse, max_scores, dv" in text
-    with pytest.raises(AssertionError, match=r"by query\[b=0, h=\d, q_idx=\d+, d=\d\]:\n    generated derivative  .*\n    central"):
+    with pytest.raises(
+        AssertionError, match=r"by query\[b=0, h=\d, q_idx=\d+, d=\d\]:\n    generated derivative  .*\n    central"
+    ):
         gradcheck(softcap)

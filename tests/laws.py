@@ -28,6 +28,8 @@ def problem_of(tensors: list[Tensor], mod: Any, mask: Any, shape: Shape) -> Prob
     q, k, v = tensors
     program, captured, ints = trace(mod, mask, score_dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
     lists = [] if mask is None else list(block_lists(mask, (shape.B, shape.H, shape.L, shape.S), shape.block, q)[:4])
+    # Leaves: what a mod computes of captured tensors alone is captured, too, and has a gradient of its own.
+    captured = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in captured]
     return Problem(q, k, v, captured, lists, ints, shape.block, variant(program), SCALE)
 
 

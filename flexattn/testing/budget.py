@@ -1,22 +1,22 @@
 """How far each element of a result may be from the truth: error budgets of an attention problem, forward and backward.
 
-In: a problem, its exact results (float64) and those of plain attention in the problem's precision. Out: for each result a tensor
-of allowed errors. With u = eps / 2, e the eps of the scores, w that of query, key and value, and for row i and key j
+In: a problem, its exact results in float64, and those of plain attention in the problem's precision. Out: for each result a
+tensor of allowed errors. With e the eps of scores and sums, w that of query, key and value, and for query i and key j
 
     r = scale q.k    s = score_mod(r)    p = exp(s - lse)    dP = dO.v    D = dO.out - dlse    dS = p (dP - D)    dR = dS ds/dr
 
-the errors of a kernel that rounds each operation are, to first order (Higham, "Accuracy and Stability", 2002, chapter 3):
+rounding each operation does, to first order (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 3):
 
-- of r: e scale |q|.|k|. What the mod makes of it, and adds by its own roundings: `roundings.modified`.
-- of p: E = the spread of exp(s - lse) over those, + e p (1 + |s| + |lse|); of the sum of a row, and so of lse: sum_j E.
-- of out: sum_j E |v| + |out| sum_j E + e sum_j p |v|, and p rounded to w before it is multiplied.
-- of D: |dO| . (error of out), and out as it was stored, rounded to w; of dS: E |dP - D| + p (error of dP + error of D).
-- of dq, dk, dv, d captured: the sums of those, times |k|, |q|, |dO|, |ds/dc|; dR and p rounded to w before they are multiplied.
+- to r: e scale |q|.|k|. What the mod makes of that, and its own roundings add: `roundings.modified`.
+- to p: E, the spread of exp(s - lse) over those, + e p (1 + |s| + |lse|). To the sum of a row, and so to lse: sum_j E.
+- to out: sum_j E |v| + |out| sum_j E + e sum_j p |v|, and p is rounded to w before it is multiplied.
+- to D: |dO|.(error of out), with out as it was stored, rounded to w. To dS: E |dP - D| + p (error of dP + error of D).
+- to dq, dk, dv, d captured: the sums of those, times |k|, |q|, |dO|, |ds/dc|; dR and p are rounded to w, too, before that.
 
-Errors that the elements of a sum may share are added up as they are. The roundings to w are independent of each other: they add
-up to at most LAMBDA u sqrt(sum of squares) with a probability of 1 - 2 exp(-LAMBDA^2 / 2) (Hoeffding; Higham and Mary, "A new
-approach to probabilistic rounding error analysis", 2019), which is far less than the sum of their sizes, and what makes a sum in
-16 bits visible. A result may be off by this, or by `FACTOR` times the largest error of plain attention in its row.
+Errors that the elements of a sum may share add up in full. The roundings to w are independent: their sum exceeds
+LAMBDA w / 2 sqrt(sum of squares) with a probability of at most 2 exp(-LAMBDA^2 / 2) (Hoeffding's inequality; Higham and Mary,
+"A new approach to probabilistic rounding error analysis", 2019). That bound is far below the sum of their sizes, and is what
+shows a sum in 16 bits. A result may be off by this, or by `FACTOR` times the largest error of plain attention in its row.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture import score_dtype
 from ..codegen.evaluate import Inputs, evaluate, wrap_index
 from ..codegen.ir import Op
 from ..problem import Problem
@@ -39,7 +40,7 @@ Results = dict[str, Tensor]
 
 LAMBDA = 6.0  # a sum of independent roundings exceeds its bound once in 30 million elements
 FACTOR = 3.0
-NEARBY = 16  # plain errors that a budget is taken from, at least: one alone can be zero by luck
+NEARBY = 16  # plain errors that one is chosen from: a single one can be zero by luck
 PROBES = 8
 
 
@@ -72,7 +73,7 @@ class Precision(NamedTuple):
     def of(cls, problem: Problem) -> Precision:
         """The precision that a kernel may have for a problem: TF32 products of float32 where torch has them."""
         dtype = problem.query.dtype
-        e = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+        e = torch.finfo(score_dtype(problem.query)).eps
         tf32 = dtype is torch.float32 and problem.query.is_cuda and torch.get_float32_matmul_precision() != "highest"
         w = 2.0**-10 if tf32 else torch.finfo(dtype).eps
         return cls(e, 2.0**-10 if tf32 else e, w, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
@@ -92,6 +93,8 @@ class _Row:
     p: Tensor
     E: Tensor
     lse_error: Tensor  # [B, Hq, L, 1]
+    alone: Tensor | float  # relative independent roundings of p
+    lse_alone: Tensor | float  # [B, Hq, L, 1], what they make of lse
 
 
 class Budgets(NamedTuple):
@@ -109,6 +112,7 @@ def budgets(
     seeds: Seeds,
     wanted: Sequence[int] = (),
     roundings: Mapping[Op, float] | None = None,
+    scores: bool = False,
 ) -> Budgets:
     """The allowed error of every element of the results out, lse, max_scores, dq, dk, dv and "d captured i".
 
@@ -119,9 +123,11 @@ def budgets(
         seeds: the gradients that arrive.
         wanted: numbers i of the captured tensors with gradients.
         roundings: operations of the mod with other roundings than `roundings.ROUNDINGS`, in units of eps.
+        scores: whether raw scores may be rounded to the query's dtype, and once more when they are scaled, as in plain
+            attention.
     """
     with torch.no_grad():
-        row = _row(problem, wide, exact, wanted, roundings)
+        row = _row(problem, wide, exact, wanted, roundings, scores)
         out, lse, top, shared = _forward(row, exact)
         found: Results = {"out": out, "lse": lse, "max_scores": top}
         found |= _backward(row, exact, seeds, shared, problem, wanted)
@@ -131,7 +137,9 @@ def budgets(
         allowed = dict(found)
         for name, value in (plain or {}).items():
             error = (value.double() - exact[name]).abs()
-            allowed[name] = torch.maximum(allowed[name], FACTOR * nearby(error.masked_fill(~error.isfinite(), 0.0), name))
+            allowed[name] = torch.maximum(
+                allowed[name], FACTOR * nearby(error.masked_fill(~error.isfinite(), 0.0), name)
+            )
     return Budgets(allowed, found)
 
 
@@ -149,7 +157,12 @@ def nearby(error: Tensor, name: str) -> Tensor:
 
 
 def _row(
-    problem: Problem, wide: Wide, exact: Results, wanted: Sequence[int], roundings: Mapping[Op, float] | None
+    problem: Problem,
+    wide: Wide,
+    exact: Results,
+    wanted: Sequence[int],
+    roundings: Mapping[Op, float] | None,
+    scores: bool,
 ) -> _Row:
     precision, solved = Precision.of(problem), wide.problem
     (B, H, L, _), S = problem.query.shape, problem.key.shape[2]
@@ -179,10 +192,18 @@ def _row(
     p = torch.exp(mod.score - finite)
     spread = torch.maximum(torch.exp(mod.high - finite) - p, p - torch.exp(mod.low - finite))
     size = mod.score.masked_fill(mod.score == -torch.inf, 0.0).abs() + finite.abs()
-    E = spread + precision.e * p * (1 + size)
+    smallest = torch.finfo(score_dtype(problem.query)).tiny  # below it a weight may be zero
+    E = spread + precision.e * p * (1 + size) + smallest * keep
     total = E.sum(-1, keepdim=True) + precision.e * growth(S)
     total = torch.where(total < 1, -torch.log1p(-total), torch.inf).masked_fill(lse == -torch.inf, 0.0)
-    return _Row(precision, problem.scale, q, k, v, keep, mod, p, E, total)
+    alone: Tensor | float = LAMBDA * precision.w / 2
+    lse_alone: Tensor | float = 0.0
+    if scores:
+        # Two roundings of r, which the mod multiplies by its slope; out and lse change by sums of them.
+        changed = 2**0.5 * (raw * mod.slope.value).abs()
+        lse_alone = alone * (p * changed).square().sum(-1, keepdim=True).sqrt()
+        alone = alone * (1 + changed.square()).sqrt()
+    return _Row(precision, problem.scale, q, k, v, keep, mod, p, E, total, alone, lse_alone)
 
 
 def growth(terms: float) -> float:
@@ -205,10 +226,10 @@ def _forward(row: _Row, exact: Results) -> tuple[Tensor, Tensor, Tensor, _Shared
     out, lse, top = exact["out"].abs(), exact["lse"], exact["max_scores"]
     v = row.value.abs()
     shared = row.E @ v + row.lse_error * out + e * growth(S) * (row.p @ v)
-    rounded = LAMBDA * w / 2 * (row.p.square() @ v.square()).sqrt() + tiny * (row.keep.double() @ v)
+    rounded = ((row.alone * row.p).square() @ v.square()).sqrt() + row.lse_alone * out + tiny * (row.keep.double() @ v)
     size = top.masked_fill(top == -torch.inf, 0.0).abs()
     finite = lse.masked_fill(lse == -torch.inf, 0.0).abs()
-    of_lse = row.lse_error.squeeze(-1) + 2 * e * (1 + finite + size)
+    of_lse = (row.lse_error + row.lse_alone).squeeze(-1) + 2 * e * (1 + finite + size)
     if S:
         highest, lowest = row.mod.high.amax(-1), row.mod.low.amax(-1)
         of_top = torch.maximum(*(torch.where(a == top, 0.0, (a - top).abs()) for a in (highest, lowest)))
@@ -230,8 +251,8 @@ def _backward(
     dP_error = 2 * e * growth(v.shape[-1]) * (do @ v.mT) + seeds.dout_error @ v.mT
     D_error = (do * shared.error + 2 * e * inner.abs() + seeds.dout_error * exact["out"].abs()).sum(-1, keepdim=True)
     D_error = D_error + (2 * e * seeds.dlse.abs() + seeds.dlse_error).unsqueeze(-1)
-    alone = (inner.square().sum(-1) + (row.p * dP).square().sum(-1)).sqrt().mul(LAMBDA * w / 2)
-    alone = (alone + w * inner.sum(-1).abs()).unsqueeze(-1)
+    alone = ((LAMBDA * w / 2 * inner).square().sum(-1) + (row.alone * row.p * dP).square().sum(-1)).sqrt().unsqueeze(-1)
+    alone = alone + (w + row.lse_alone) * inner.sum(-1, keepdim=True).abs()
     # dS
     X, p_error = dP - D, row.E + row.p * row.lse_error
     weight = row.p + p_error
@@ -249,26 +270,25 @@ def _backward(
 
     count, at_all = growth(S), row.keep.double()
     dq = (dR_error + e * count * dR.abs() + tiny * at_all) @ k.abs() + alone * (per_row @ k).abs()
-    dq = scale * (dq + LAMBDA * w / 2 * (dR.square() @ k.square()).sqrt())
+    dq = scale * (dq + ((row.alone * dR).square() @ k.square()).sqrt() + row.lse_alone * (dR @ k).abs())
     count = growth(L * H / max(1, kv_shape[1]))
     dk = over_group((dR_error + e * count * dR.abs() + tiny * at_all).mT @ q.abs())
-    squares = (LAMBDA * w / 2 * dR).square() + (alone * per_row).square()
+    squares = (row.alone * dR).square() + (row.lse_alone * dR).square() + (alone * per_row).square()
     dk = scale * (dk + over_group(squares.mT @ q.square()).sqrt())
     dv = over_group((p_error + e * count * row.p + tiny * at_all).mT @ do + row.p.mT @ seeds.dout_error)
-    dv = dv + LAMBDA * w / 2 * over_group(row.p.square().mT @ do.square()).sqrt()
+    squares = (row.alone * row.p).square() + (row.lse_alone * row.p).square()
+    dv = dv + over_group(squares.mT @ do.square()).sqrt()
     found = {"dq": dq, "dk": dk, "dv": dv}
     found = {n: t + 1.5 * w * exact[n].abs() + tiny for n, t in found.items() if n in exact}
     for i in wanted:
         tensor = problem.captured[i]
         stored = torch.finfo(tensor.dtype)
         of_sum = _captured(row, i, tensor, dS, dS_error, alone, e)
-        found[f"d captured {i}"] = of_sum + stored.eps * exact[f"d captured {i}"].abs() + stored.tiny * stored.eps
+        found[f"d captured {i}"] = of_sum + stored.eps * exact[f"d captured {i}"].abs() + stored.tiny
     return found
 
 
-def _captured(
-    row: _Row, number: int, tensor: Tensor, dS: Tensor, dS_error: Tensor, alone: Tensor, e: float
-) -> Tensor:
+def _captured(row: _Row, number: int, tensor: Tensor, dS: Tensor, dS_error: Tensor, alone: Tensor, e: float) -> Tensor:
     """The error of the gradient of a captured tensor, before it is rounded to the tensor's dtype."""
     count = growth(dS.numel() / max(1, tensor.numel()))
     bound = torch.zeros(tensor.numel(), dtype=torch.float64, device=dS.device)

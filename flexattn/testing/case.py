@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import api, ops, validate
+from .. import ops, reference, validate
 from ..api import AuxRequest, flex_attention
+from ..api import _choose_backend as choose_backend
 from ..block_mask import BlockMask
 from ..capture import score_dtype
 from ..checks import check_indices
@@ -47,7 +48,7 @@ class Operands(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The results that differ, and the names of all that were compared; `plain_differs`: of those, where plain attention does."""
+    """The results that differ, the names of all that were compared, and of those that plain attention has wrong as well."""
 
     excesses: list[Excess]
     compared: list[str]
@@ -91,11 +92,14 @@ class Case:
         whole = self.block_mask
         return whole if whole is None or whole.seq_lengths == (sizes.L, sizes.S) else whole._adjust(sizes.L, sizes.S)
 
+    def mask(self, blocks: BlockMask | None) -> Callable[..., Tensor] | None:
+        """The mask_mod that counts."""
+        return self.mask_mod if blocks is None else blocks.mask_mod
+
     def problem(self, operands: Operands, blocks: BlockMask | None) -> Problem:
         """What is computed, by the definition: without block lists, unless a block mask says which blocks there are."""
         q, k, v = operands[:3]
-        mask = self.mask_mod if blocks is None else blocks.mask_mod
-        traced = cached_trace(self.score_mod, mask, score_dtype=score_dtype(q), device=q.device)
+        traced = cached_trace(self.score_mod, self.mask(blocks), score_dtype=score_dtype(q), device=q.device)
         parsed = variant(traced.program)
         n = len(parsed.captured)
         validate.captured(traced.captured[:n], q.device)
@@ -120,30 +124,40 @@ class Case:
         operands, blocks = self.operands(sizes), self.masked(sizes)
         problem = self.problem(operands, blocks)
         found, wanted = self.found(operands, problem, blocks)
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in problem.tensors]
-        problem = problem._replace(captured=[*leaves, *problem.floats])
+        problem = with_leaves(problem)
         wide = widened(problem)
         exact, seeds, plain = self._truth(operands, problem, wide, wanted, "lse" in found)
         roundings = {Op.TANH: FAST_TANH / 2**-23} if (self.kernel_options or {}).get("FAST_TANH") else {}
-        allowed = budgets(problem, wide, exact, plain, seeds, wanted, roundings).allowed
+        own = self.attention is not None
+        allowed = budgets(problem, wide, exact, plain, seeds, wanted, roundings, scores=own).allowed
         if self.normalizer is not None:
-            exact["normalized"], allowed["normalized"] = self._normalized(exact, Bounds(*(allowed[n] for n in Bounds._fields)))
+            exact["normalized"], allowed["normalized"] = self._normalized(
+                exact, Bounds(*(allowed[n] for n in Bounds._fields))
+            )
         compared = [name for name in found if name in exact]
         judged = [excess(name, found[name], exact[name], allowed[name]) for name in compared]
         excesses = [e for e in judged if e is not None]
-        differs = [e.name for e in excesses if e.name in plain and excess(e.name, plain[e.name], exact[e.name], allowed[e.name])]
+        differs = [
+            e.name
+            for e in excesses
+            if e.name in plain and excess(e.name, plain[e.name], exact[e.name], allowed[e.name])
+        ]
         return Outcome(excesses, compared, differs)
 
     def found(self, operands: Operands, problem: Problem, blocks: BlockMask | None) -> tuple[Results, list[int]]:
         """Results of the implementation under test, and the numbers of the captured tensors whose gradients are among them."""
         q, k, v = leaves = [t.detach().requires_grad_() for t in operands[:3]]
-        learned = [(i, t) for i, t in enumerate(problem.tensors) if t.is_floating_point() and t.requires_grad]
-        if self.attention is None:
-            out, lse, top = self._flex_attention(q, k, v, problem, blocks, [t for _, t in learned])
-            found: Results = {"out": out, "lse": lse, "max_scores": top}
-        else:
-            found, learned = _outputs(self.attention(q, k, v)), []
+        learned: list[tuple[int, Tensor]] = []
+        if self.attention is not None:
+            found = _outputs(self.attention(q, k, v))
             _check_shapes(found, operands)
+        else:
+            public = self._captures_leaves(problem, blocks)
+            problem = problem if public else with_leaves(problem)
+            solve = self._by_the_public_function if public else self._by_the_operator
+            out, lse, top = solve(q, k, v, problem, blocks)
+            found = {"out": out, "lse": lse, "max_scores": top}
+            learned = [(i, t) for i, t in enumerate(problem.tensors) if t.is_floating_point() and t.requires_grad]
         outputs, seeds = [found["out"]], [operands.dout]
         if self.normalizer is not None:
             if "lse" not in found:
@@ -156,25 +170,39 @@ class Case:
             found |= gradients(outputs, seeds, leaves, learned)
         return found, [i for i, _ in learned]
 
-    def _flex_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, problem: Problem, blocks: BlockMask | None, learned: Sequence[Tensor]
+    def _captures_leaves(self, problem: Problem, blocks: BlockMask | None) -> bool:
+        """Whether all tensors that may have a gradient are leaves, and the same at every trace.
+
+        What a mod computes of captured tensors alone is neither: it is captured when the mod is traced.
+        """
+        again = cached_trace(
+            self.score_mod, self.mask(blocks), score_dtype=score_dtype(problem.query), device=self.device
+        )
+        pairs = zip(problem.tensors, again.captured, strict=False)
+        return all(a is b and a.is_leaf for a, b in pairs if a.requires_grad)
+
+    def _by_the_public_function(
+        self, q: Tensor, k: Tensor, v: Tensor, problem: Problem, blocks: BlockMask | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask_mod = self.mask_mod if blocks is None else None
-        again = cached_trace(self.score_mod, problem_mask(self, blocks), score_dtype=score_dtype(q), device=q.device)
-        if all(any(t is c for c in again.captured) for t in learned):
-            out, aux = flex_attention(
-                q, k, v, self.score_mod, blocks, self.scale, True, kernel_options=self.kernel_options,
-                return_aux=AuxRequest(lse=True, max_scores=True), mask_mod=mask_mod, backend=self.backend,
-            )  # fmt: skip
-            assert aux.lse is not None and aux.max_scores is not None
-            return out, aux.lse, aux.max_scores
-        # The mod computes with captured tensors alone: what the operator reads exists only where the mod has been traced.
-        made = blocks if mask_mod is None else cached_block_mask(mask_mod, q, k)
-        lists, size = ((), (128, 128)) if made is None else (made.kv_lists(), made.BLOCK_SIZE)
+        out, aux = flex_attention(
+            q, k, v, self.score_mod, blocks, self.scale, True, kernel_options=self.kernel_options,
+            return_aux=AuxRequest(lse=True, max_scores=True), mask_mod=self.mask_mod, backend=self.backend,
+        )  # fmt: skip
+        assert aux.lse is not None and aux.max_scores is not None
+        return out, aux.lse, aux.max_scores
+
+    def _by_the_operator(
+        self, q: Tensor, k: Tensor, v: Tensor, problem: Problem, blocks: BlockMask | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """With the captured tensors of `problem`, where those of another trace would be others."""
+        blocks = blocks if self.mask_mod is None else cached_block_mask(self.mask_mod, q, k)
+        lists, size = ((), (128, 128)) if blocks is None else (blocks.kv_lists(), blocks.BLOCK_SIZE)
         tensors, floats = split(problem.captured, problem.variant.text)
+        if self.backend == "reference":
+            return reference.solve(problem._replace(query=q, key=k, value=v))
         options = options_text(check_kernel_options(self.kernel_options))
         rest = tensors, lists, problem.ints, floats, size, problem.variant.text, problem.given_scale
-        return ops.attention(q, k, v, *rest, api._choose_backend(self.backend, q, v), options)
+        return ops.attention(q, k, v, *rest, choose_backend(self.backend, q, v), options)
 
     def _truth(
         self, operands: Operands, problem: Problem, wide: Wide, wanted: Sequence[int], with_lse: bool
@@ -185,7 +213,8 @@ class Case:
         exact = solve(wide.problem, [], dout, dlse)
         seeds = Seeds(dout, torch.where(exact["lse"].isfinite(), dlse, 0) if with_lse else zero[1], *zero)
         if self.normalizer is not None:
-            bounds = budgets(problem, wide, exact, None, Seeds(*zero, *zero)).allowed
+            own = self.attention is not None
+            bounds = budgets(problem, wide, exact, None, Seeds(*zero, *zero), scores=own).allowed
             seeds = self._seeds(exact, Bounds(*(bounds[n] for n in Bounds._fields)), dout)
         leaves = [(i, wide.leaves[i]) for i in wanted]
         exact = solve(wide.problem, leaves, seeds.dout, seeds.dlse)
@@ -207,7 +236,9 @@ class Case:
         values = pulled(exact["out"], exact["lse"])
         errors = [2 * torch.finfo(self.dtype).eps * values[0].abs(), 2 * torch.finfo(self.dtype).eps * values[1].abs()]
         for out, lse in _perturbed(exact, bounds):
-            errors = [torch.maximum(e, 2 * (a - b).abs()) for e, a, b in zip(errors, pulled(out, lse), values, strict=True)]
+            errors = [
+                torch.maximum(e, 2 * (a - b).abs()) for e, a, b in zip(errors, pulled(out, lse), values, strict=True)
+            ]
         return Seeds(values[0], values[1], errors[0].nan_to_num(torch.inf), errors[1].nan_to_num(torch.inf))
 
     def _normalized(self, exact: Results, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -221,9 +252,10 @@ class Case:
         return value, error.nan_to_num(torch.inf)
 
 
-def problem_mask(case: Case, blocks: BlockMask | None) -> Callable[..., Tensor] | None:
-    """The mask_mod that counts."""
-    return case.mask_mod if blocks is None else blocks.mask_mod
+def with_leaves(problem: Problem) -> Problem:
+    """`problem` with captured tensors that are leaves: one may have been computed of another."""
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in problem.tensors]
+    return problem._replace(captured=[*leaves, *problem.floats])
 
 
 def _perturbed(exact: Results, bounds: Bounds) -> list[tuple[Tensor, Tensor]]:
@@ -250,4 +282,6 @@ def _check_shapes(found: Results, operands: Operands) -> None:
     shape = operands.dout.shape
     for name, wanted in (("out", shape), ("lse", shape[:3])):
         if name in found and found[name].shape != wanted:
-            raise ValueError(f"attention returned {name} of shape {tuple(found[name].shape)}; it must be {tuple(wanted)}")
+            raise ValueError(
+                f"attention returned {name} of shape {tuple(found[name].shape)}; it must be {tuple(wanted)}"
+            )

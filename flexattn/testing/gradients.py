@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..codegen.ir import Op, walk
+from ..codegen.ir import Node, Op, walk
 from ..codegen.trace import describe
 from ..mask_cache import cached_block_mask
 from ..operands import split
@@ -21,7 +21,7 @@ from .wide import widened
 
 STEP = 2.0**-14  # the largest of three, each half of the one before
 CLOSER = 2.0**-6  # what seems wrong is looked at again at so much smaller steps
-SHARP = 1e-2  # differences that tell a derivative less exactly than this decide nothing
+SHARP = 1e-2  # differences that depend on the step by more than this decide nothing
 SMALL = Sizes(2, 4, 2, 20, 24, 8, 8)
 NAMES = ("query", "key", "value")
 
@@ -54,12 +54,11 @@ def gradcheck(
 ) -> Gradcheck:
     """Compare the gradients that flexattn generates for a mod with central differences, in float64.
 
-    The function is a random combination of out and lse, or of `normalizer(out, lse)`, of query, key, value and the captured
-    tensors that require a gradient, all of them in float64: a captured tensor of lower precision is replaced in the traced
-    program, so that it can be moved by a step of any size. Unlike `assert_matches_reference` it needs no second derivation of the
-    gradient, only the forward.
+    The function is a random combination of out and lse, or of `normalizer(out, lse)`. Its variables are query, key, value and
+    the captured tensors that require a gradient, all in float64: one of lower precision is replaced in the traced program, so
+    that it can be moved by a step of any size. Nothing but the forward of the tiled backend is believed.
 
-    Where the function has a kink or a jump (`abs`, `clamp`, `where` on the score) near the point, a difference is no derivative:
+    Where the function has a kink or a jump near the point (`abs`, `clamp`, `where` on the score) a difference is no derivative:
     such entries are left out, and the result names them.
 
     Args:
@@ -107,8 +106,13 @@ class _Difference:
     """A central difference at the smallest of three steps: its value, its error, and whether both sides agree."""
 
     value: float
-    error: float
+    spread: float  # what the step changes
+    noise: float  # what rounding may
     smooth: bool
+
+    @property
+    def error(self) -> float:
+        return 4 * self.spread + self.noise
 
 
 @dataclass
@@ -119,7 +123,7 @@ class _Function:
     leaves: dict[str, Tensor]
     loss: Callable[[], tuple[float, float]]
     gradients: dict[str, Tensor]
-    score: object
+    score: Node
 
     @classmethod
     def of(cls, case: Case, sizes: Sizes) -> _Function:
@@ -140,7 +144,9 @@ class _Function:
             if case.normalizer is not None:
                 made = case.normalizer(out, lse)
                 return made * operands.dout
-            return torch.cat([(out * operands.dout).flatten(), (lse.masked_fill(nothing, 0.0) * operands.dlse).flatten()])
+            return torch.cat(
+                [(out * operands.dout).flatten(), (lse.masked_fill(nothing, 0.0) * operands.dlse).flatten()]
+            )
 
         def loss() -> tuple[float, float]:
             with torch.no_grad():
@@ -149,9 +155,13 @@ class _Function:
 
         total = terms().sum()
         if not bool(total.isfinite()):
-            raise ValueError("the results have nan or infinity, which have no derivative; look for it with flexattn.debug_mode()")
+            raise ValueError(
+                "the results have nan or infinity, which have no derivative; look for it with flexattn.debug_mode()"
+            )
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        gradients = {n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, leaves.items(), strict=True)}
+        gradients = {
+            n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, leaves.items(), strict=True)
+        }
         mods = [describe(m) for m in (case.score_mod, case.mask_mod) if m is not None]
         return cls(" with ".join(mods) or "softmax attention", leaves, loss, gradients, problem.variant.score)
 
@@ -159,14 +169,13 @@ class _Function:
         compared, left_out = 0, []
         for name, leaf in self.leaves.items():
             generated = self.gradients[name]
-            typical = float(generated.abs().mean()) if generated.numel() else 0.0
             for place, move in _moves(name, leaf, entries, directions, seed):
                 derivative = float((generated * move).sum())
                 found = self.difference(leaf, move, STEP)
                 if abs(found.value - derivative) > found.error or not found.smooth:
                     found = self.difference(leaf, move, STEP * CLOSER)
                 size = max(abs(derivative), abs(found.value))
-                if not found.smooth or found.error > SHARP * max(size, typical * float(move.abs().sum())):
+                if not found.smooth or 4 * found.spread > max(SHARP * size, found.noise):
                     left_out.append(place)
                 elif abs(found.value - derivative) > found.error:
                     raise AssertionError(self.report(place, derivative, found))
@@ -175,7 +184,7 @@ class _Function:
         return Gradcheck(compared, tuple(left_out))
 
     def difference(self, leaf: Tensor, move: Tensor, step: float) -> _Difference:
-        """Of the function along `move`. Smooth functions have differences that converge, and the same to both sides."""
+        """Along `move`. Where the function is smooth the differences converge, and to the same number on both sides."""
         start = leaf.detach().clone()
         middle, size = self.loss()
         eps = torch.finfo(torch.float64).eps
@@ -196,7 +205,7 @@ class _Function:
         spread = max(abs(central[0] - central[1]), abs(central[1] - central[2]))
         # At a kink the sides differ by the same amount however small the step; elsewhere by half of it at half the step.
         smooth = abs(jump[2]) <= 0.75 * abs(jump[1]) + noise and spread < float("inf")
-        return _Difference(central[2], 4 * spread + noise, smooth)
+        return _Difference(central[2], spread, noise, smooth)
 
     def report(self, place: str, derivative: float, found: _Difference) -> str:
         return (

@@ -40,8 +40,9 @@ def assert_matches_reference(
     """Assert that attention with these mods is as exact as its precision allows, every element of every result.
 
     Compared are out, lse, max_scores, and the gradients of query, key, value and of captured tensors that require one, for
-    random gradients of out and of lse, with dense attention in float64 on the same device. What an element may be off by is
-    derived from the roundings that its computation cannot avoid, see docs/numerics.md; there is no tolerance to choose.
+    random gradients of out and of lse, with dense attention in float64 on the same device. What an element may be off by
+    follows from the roundings that its computation cannot avoid, see docs/numerics.md; there is no tolerance to choose.
+    Memory is that of dense attention, some thirty tensors [B, Hq, L, S] in float64.
 
     Args:
         score_mod, mask_mod: the definition.
@@ -49,8 +50,9 @@ def assert_matches_reference(
         dtype: of random operands.
         block_mask: in place of `mask_mod`: its lists say what is attended, its lengths are those of `shape`.
         backend, kernel_options, scale: as in `flex_attention`.
-        attention: an implementation to test instead of `flex_attention`, `(query, key, value) -> out` or `(out, lse)`. Gradients
-            of query, key and value are compared if its out has a graph; captured tensors are not.
+        attention: an implementation to test instead of `flex_attention`, `(query, key, value) -> out` or `(out, lse)`. The
+            gradients of query, key and value are compared if its out requires one, else the forward alone. Gradients of
+            captured tensors are not: nothing says which they are.
         normalizer: `(out, lse) -> out`, what is done with the result, as for attention sinks. It gets numbers in float64, too.
             Gradients then go through it. Tensors that it captures itself are not compared.
         seed: of the random operands, and of the gradients that arrive.
@@ -59,7 +61,7 @@ def assert_matches_reference(
 
     Raises:
         AssertionError: names the worst element with its indices, the value found, the exact one and what was allowed, and the
-            smallest sizes at which it fails, which are searched by running it. A row of a block mask keeps its lists there.
+            smallest sizes at which it fails, which are searched by running it. A block mask is cropped to them.
         ValueError: for arguments that do not fit, as captured tensors too short for `shape`.
 
     Example:
@@ -76,7 +78,9 @@ def assert_matches_reference(
         AssertionError: attention `mine` at ...
     """
     if block_mask is not None and mask_mod is not None:
-        raise ValueError("both block_mask and mask_mod are given; a block mask brings its own mask_mod: pass one of the two")
+        raise ValueError(
+            "both block_mask and mask_mod are given; a block mask brings its own mask_mod: pass one of the two"
+        )
     given = _given(query, key, value)
     if given is not None:
         if shape is not None:
@@ -94,7 +98,9 @@ def assert_matches_reference(
     if dtype not in validate.DTYPES:
         raise ValueError(f"dtype is {dtype}; use one of {', '.join(str(d)[6:] for d in validate.DTYPES)}")
     if attention is not None and (kernel_options is not None or backend != "auto"):
-        raise ValueError("backend and kernel_options choose how flex_attention computes; with attention= leave them out")
+        raise ValueError(
+            "backend and kernel_options choose how flex_attention computes; with attention= leave them out"
+        )
     if block_mask is not None and device is None:
         device = block_mask.kv_num_blocks.device
     case = Case(
@@ -141,7 +147,12 @@ def _report(case: Case, shape: Sizes, outcome: Outcome) -> str:
     sizes = smallest(shape, search.fails, _least(case, shape))
     least = search.outcome
     lines = [f"{_subject(case)} is not what {_definition(case)} defines."]
-    lines += ["", f"At {sizes}, the smallest that fails:" if sizes != shape else f"At {sizes}; no smaller size was found to fail:"]
+    lines += [
+        "",
+        f"At {sizes}, the smallest that fails:"
+        if sizes != shape
+        else f"At {sizes}; no smaller size was found to fail:",
+    ]
     worst = max(least.excesses, key=lambda e: e.ratio)
     lines += _described(worst)
     lines += [_in_short(e) for e in least.excesses if e is not worst]
@@ -185,7 +196,7 @@ def _described(e: Excess) -> list[str]:
     error = abs(e.found - e.exact)
     over = "" if math.isinf(e.ratio) else f", {e.ratio:.3g} times as much"
     return [
-        f"  {e.name} is wrong in {e.count} of {e.total} elements, most at {e.place}:",
+        f"  {e.name} is wrong in {e.wrong} of {e.total} elements, most at {e.place}:",
         f"    found   {e.found!r}",
         f"    exact   {e.exact!r}",
         f"    allowed error {e.allowed:.3g}, error {error:.3g}{over}",
@@ -193,23 +204,32 @@ def _described(e: Excess) -> list[str]:
 
 
 def _in_short(e: Excess) -> str:
-    return f"  {e.name} is wrong in {e.count} of {e.total}: found {e.found:.6g}, exact {e.exact:.6g} at {e.place}"
+    return f"  {e.name} is wrong in {e.wrong} of {e.total}: found {e.found:.6g}, exact {e.exact:.6g} at {e.place}"
 
 
 def _hints(outcome: Outcome) -> list[str]:
     """What to look at, told from which results differ and how."""
     found = {e.name: e for e in outcome.excesses}
-    forward, gradients = {"out", "lse", "max_scores", "normalized"} & set(found), {n for n in found if n.startswith("d")}
+    forward, gradients = (
+        {"out", "lse", "max_scores", "normalized"} & set(found),
+        {n for n in found if n.startswith("d")},
+    )
     lse = found.get("lse")
     hints = []
     if outcome.plain_differs:
-        hints.append(f"Plain attention in this precision has that in {', '.join(outcome.plain_differs)}, too: the mod exceeds it.")
+        hints.append(
+            f"Plain attention in this precision has that in {', '.join(outcome.plain_differs)}, too: the mod exceeds it."
+        )
     elif any(not math.isfinite(e.found) for e in outcome.excesses):
-        hints.append("nan or infinity where the exact result has none: look for exp of scores from which no maximum is taken.")
+        hints.append(
+            "nan or infinity where the exact result has none: look for exp of scores from which no maximum is taken."
+        )
     if lse is not None and lse.exact and abs(lse.found / lse.exact - 1 / math.log(2)) < 1e-3:
         hints.append("lse is log2(e) times the exact one: it is in base 2; multiply it by log(2).")
     if gradients and not forward and not any(n not in found for n in outcome.compared if n.startswith("d")):
-        hints.append("The forward is right and every gradient is wrong: look at what the backward shares, delta and lse.")
+        hints.append(
+            "The forward is right and every gradient is wrong: look at what the backward shares, delta and lse."
+        )
     elif gradients and not forward:
         hints.append(f"The forward is right: look at the backward of {', '.join(sorted(gradients))}.")
     return hints
@@ -218,7 +238,9 @@ def _hints(outcome: Outcome) -> list[str]:
 def _call(case: Case, sizes: Sizes) -> str:
     """A line of code that repeats the failure."""
     arguments = [
-        name for name in ("score_mod", "mask_mod") if getattr(case, name) is not None and not (name == "mask_mod" and case.block_mask)
+        name
+        for name in ("score_mod", "mask_mod")
+        if getattr(case, name) is not None and not (name == "mask_mod" and case.block_mask)
     ]
     arguments = [f"{name}={name}" for name in arguments]
     if case.given is None:

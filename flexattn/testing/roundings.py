@@ -2,9 +2,9 @@
 
 In: a problem, exact raw scores and their errors. Out: an interval for every modified score, and for every derivative its exact
 value with an error. The intervals hold the values of a few evaluations in which each operation is off by a rounding, up or down
-at random (Monte Carlo arithmetic: Parker, Pierce and Eggert, "Monte Carlo arithmetic: how to gamble with floating point and win",
-Computing in Science and Engineering 2, 2000). So a mod that amplifies errors, cancels, or jumps (`where`, `floor`, an index made of
-a score) is allowed what it really does to them, element by element, and any other mod no more than its roundings.
+at random: Monte Carlo arithmetic (Parker, Pierce and Eggert, "Monte Carlo arithmetic: how to gamble with floating point and
+win", 2000). So a mod that amplifies errors, cancels, or jumps (`where`, `floor`, an index made of a score) is allowed what it
+really does to them, element by element, and any other mod no more than its roundings.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def modified(
 
     def values(score: Tensor, rounded: Callable[[Node, Tensor], Tensor]) -> _Values:
         given = {**inputs.named, "score": score, "grad": torch.ones_like(score)}
-        first, *rest = _evaluated(roots, Inputs(given, inputs.captured, inputs.floats, inputs.ints, inputs.device), rounded)
+        first, *rest = _evaluated(
+            roots, Inputs(given, inputs.captured, inputs.floats, inputs.ints, inputs.device), rounded
+        )
         masked = first.expand(shape).masked_fill(~keep, float("-inf"))
         return _Values(masked, [s.expand(shape).masked_fill(~keep, 0.0) for s in rest])
 

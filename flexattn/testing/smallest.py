@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .sizes import Sizes
 
@@ -14,8 +14,8 @@ SECONDS = 30.0
 def smallest(sizes: Sizes, fails: Callable[[Sizes], bool], least: Sizes | None = None) -> Sizes:
     """Sizes at which `fails` is true and from which none of B, Hq, Hkv, L, S, E, Ev could be made smaller alone.
 
-    `fails` is true of `sizes`. Each size is reduced by half of itself, then by smaller and smaller steps down to one; heads keep
-    whole groups. `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
+    `fails` is true of `sizes`. Each size is reduced by half of itself, then by smaller and smaller steps down to one; groups of
+    heads stay whole. `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
 
     Example:
         >>> smallest(Sizes(), lambda sizes: sizes.S > 128)
@@ -28,22 +28,27 @@ def smallest(sizes: Sizes, fails: Callable[[Sizes], bool], least: Sizes | None =
         for name in ("B", "Hkv", "Hq", "E", "Ev", "L", "S"):
             step = getattr(sizes, name) // 2
             while step:
-                candidate = _reduced(sizes, name, step, least)
-                tries += 1
-                if tries > TRIES or time.monotonic() > end:
-                    return sizes
-                if candidate is not None and fails(candidate):
-                    sizes, reduced = candidate, True
-                    step = min(step, getattr(sizes, name) - 1)
+                for candidate in _reduced(sizes, name, step, least):
+                    tries += 1
+                    if tries > TRIES or time.monotonic() > end:
+                        return sizes
+                    if fails(candidate):
+                        sizes, reduced = candidate, True
+                        step = min(step, getattr(sizes, name) - 1)
+                        break
                 else:
                     step //= 2
     return sizes
 
 
-def _reduced(sizes: Sizes, name: str, step: int, least: Sizes) -> Sizes | None:
-    """One size less by `step`; None where that is no attention problem or less than allowed."""
+def _reduced(sizes: Sizes, name: str, step: int, least: Sizes) -> Iterator[Sizes]:
+    """One size less by `step`, where that is an attention problem and not less than allowed."""
     group, n = sizes.Hq // sizes.Hkv, getattr(sizes, name) - step
-    changes = {"Hkv": {"Hkv": n, "Hq": n * group}, "Hq": {"Hq": n // sizes.Hkv * sizes.Hkv}}.get(name, {name: n})
-    made = sizes._replace(**changes)
-    allowed = all(a <= b for a, b in zip(least, made, strict=True))
-    return made if allowed and made.Hkv and made.Hq >= made.Hkv and made != sizes else None
+    changes: dict[str, tuple[dict[str, int], ...]] = {
+        "Hkv": ({"Hkv": n, "Hq": n * group}, {"Hkv": n}),
+        "Hq": ({"Hq": n // sizes.Hkv * sizes.Hkv},),
+    }
+    for change in changes.get(name, ({name: n},)):
+        made = sizes._replace(**change)
+        if made != sizes and all(a <= b for a, b in zip(least, made, strict=True)) and made.Hq % made.Hkv == 0:
+            yield made

@@ -14,7 +14,9 @@ from .budget import Results
 Normalizer = Callable[[Tensor, Tensor], Tensor]
 
 
-def solve(problem: Problem, captured: Sequence[tuple[int, Tensor]], dout: Tensor, dlse: Tensor, plain: bool = False) -> Results:
+def solve(
+    problem: Problem, captured: Sequence[tuple[int, Tensor]], dout: Tensor, dlse: Tensor, plain: bool = False
+) -> Results:
     """Results of the reference: out, lse, max_scores, dq, dk, dv, and "d captured i" for the numbered leaves `captured`.
 
     `plain`: with matrix products in the dtype of the query, as plain attention in torch computes them.
@@ -31,7 +33,10 @@ def solve(problem: Problem, captured: Sequence[tuple[int, Tensor]], dout: Tensor
 
 
 def gradients(
-    outputs: Sequence[Tensor], seeds: Sequence[Tensor], leaves: Sequence[Tensor], captured: Sequence[tuple[int, Tensor]] = ()
+    outputs: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    captured: Sequence[tuple[int, Tensor]] = (),
 ) -> Results:
     """dq, dk, dv, and "d captured i"; zero for a leaf that has none. A row without a finite output has seed 0 there."""
     pairs = [

@@ -19,14 +19,14 @@ AXES: dict[str, tuple[str, ...]] = {
 
 
 class Excess(NamedTuple):
-    """The worst element of a result: its error over what is allowed is the largest. `count` of `total` elements exceed."""
+    """The worst element of a result: its error over what is allowed is the largest. `wrong` of `total` elements exceed."""
 
     name: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     found: float
     exact: float
     allowed: float
-    count: int
+    wrong: int
     total: int
 
     @property
@@ -38,10 +38,10 @@ class Excess(NamedTuple):
     @property
     def place(self) -> str:
         """The indices by their names."""
-        if not self.index:
+        if not self.at:
             return "the only element"
-        axes = AXES.get(self.name, tuple(f"dim {i}" for i in range(len(self.index))))
-        return ", ".join(f"{axis}={i}" for axis, i in zip(axes, self.index, strict=True))
+        axes = AXES.get(self.name, tuple(f"dim {i}" for i in range(len(self.at))))
+        return ", ".join(f"{axis}={i}" for axis, i in zip(axes, self.at, strict=True))
 
 
 def ratios(found: Tensor, exact: Tensor, allowed: Tensor) -> Tensor:
@@ -63,6 +63,6 @@ def excess(name: str, found: Tensor, exact: Tensor, allowed: Tensor) -> Excess |
     ratio = ratios(found, exact, allowed)
     if not ratio.numel() or float(ratio.max()) <= 1:
         return None
-    index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
-    numbers = [float(t[index]) for t in (found.detach(), exact, allowed)]
-    return Excess(name, index, *numbers, count=int((ratio > 1).sum()), total=ratio.numel())
+    at = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+    value, true, limit = (float(t[at]) for t in (found.detach(), exact, allowed))
+    return Excess(name, at, value, true, limit, wrong=int((ratio > 1).sum()), total=ratio.numel())

@@ -2,8 +2,8 @@
 
 In: a `Problem` of any dtype. Out: one of float64, whose captured floating-point tensors are float64 leaves.
 
-Everything that the raw score or the captured floating-point tensors pass through is widened. Numbers of the indices alone keep
-their dtype: in which bucket `log(distance)` falls is decided in float32 in the kernel, so it is in the truth. So does the mask.
+What depends on the raw score or on a captured floating-point tensor is widened. Numbers of the indices alone keep their dtype:
+in which bucket `log(distance)` falls a kernel decides in float32, so the truth does, too. The same holds for the mask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..problem import Problem
 
 
 class Wide(NamedTuple):
-    """A problem in float64, and for the number of each captured floating-point tensor that it widens the tensor it has instead."""
+    """A problem in float64; `leaves` are its captured floating-point tensors by the numbers they have in the original one."""
 
     problem: Problem
     leaves: dict[int, Tensor]
@@ -75,17 +75,14 @@ def _wide(score: Node, first: int) -> Node:
             assert isinstance(base.value, tuple)
             wide = Node(Op.CAPTURED, (), DType.FLOAT64, base.kind, (first + base.value[0], base.value[1]))
             made[node] = Node(Op.LOAD, (wide, *(made.get(i, i) for i in index)), DType.FLOAT64, node.kind)
-        elif _widens(node, made):
+        elif any(a in made for a in node.args):
             args = tuple(made.get(a, a) if not a.dtype.is_float else in_double(a) for a in node.args)
             if node.op is Op.CAST and node.dtype.is_float:
-                made[node] = args[0] if args[0].dtype is DType.FLOAT64 else Node(Op.CAST, args, DType.FLOAT64, node.kind)
+                made[node] = (
+                    args[0] if args[0].dtype is DType.FLOAT64 else Node(Op.CAST, args, DType.FLOAT64, node.kind)
+                )
             elif node.op in (Op.CAST, Op.LOAD):
                 made[node] = Node(node.op, args, node.dtype, node.kind)
             else:
                 made[node] = apply(node.op, *args)
     return in_double(score)
-
-
-def _widens(node: Node, made: dict[Node, Node]) -> bool:
-    """Whether an operation depends on something widened: a number on any, a choice or an index on the score alone."""
-    return any(a in made and (node.dtype.is_float or "score" in a.axes) for a in node.args)

@@ -41,6 +41,14 @@ def check(problem: Problem, origin: Origin) -> None:
             needed.run()
 
 
+def check_indices(problem: Problem, origin: Origin) -> None:
+    """The part of `check` that is about indices of captured tensors: raises `IndexError` for one that is out of range."""
+    needed = _Checks(problem, origin)
+    needed.scores, needed.suspects, needed.gradients = False, [], []
+    with torch.no_grad():
+        needed.run()
+
+
 class _Wrapped(NamedTuple):
     """A negative index: in which mod, and where."""
 

@@ -137,6 +137,23 @@ def explain(
     return report
 
 
+def explain_mask(mask_mod: Callable[..., Tensor]) -> tuple[str, str]:
+    """The parts `formula` and `blocks` of the explanation of a mask alone: no kernel is looked at, so it is quick.
+
+    Raises `TraceError` for a mask that cannot be traced.
+
+    Example:
+        >>> import flexattn
+        >>> explain_mask(flexattn.masks.sliding_window(64))[1]
+        'keys of a query: kv_idx >= q_idx - 63 and kv_idx <= q_idx'
+    """
+    program, captured, _ = trace(None, mask_mod)
+    parsed = variant(program)
+    n = len(captured) - parsed.n_floats
+    names = captured_names((None, mask_mod), captured[:n], captured[n:])
+    return "" if parsed.mask is None else formula({"keep": parsed.mask}, names), _blocks(parsed, names)
+
+
 def _blocks(parsed: Variant, names: Mapping[str, str]) -> str:
     if parsed.mask is None:
         return "no mask: every block is full"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexattn.testing.verdict import excess
+
 EPSILON = {t: torch.finfo(t).eps for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -42,6 +44,13 @@ def assert_within_budget(
     error = (actual - exact)[finite].abs().max().item()
     budget = factor * max(worst_plain, floor)
     assert error <= budget, f"{name}: error {error:.3e} where {budget:.3e} is allowed (plain: {worst_plain:.3e})"
+
+
+def assert_within(name: str, found: Tensor, exact: Tensor, allowed: Tensor) -> None:
+    """No element is off by more than its budget, and nan and infinity are where they should be."""
+    assert found.shape == exact.shape == allowed.shape, f"{name}: shapes {found.shape}, {exact.shape}, {allowed.shape}"
+    worst = excess(name, found, exact, allowed)
+    assert worst is None, f"{worst}, {worst.ratio} times its budget" if worst else ""
 
 
 def assert_same(actual: Tensor, expected: Tensor, name: str = "", ulps: float = 8) -> None:

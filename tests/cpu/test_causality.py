@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexattn import and_masks, create_block_mask, create_mask, flex_attention, masks
 from flexattn.codegen.errors import TraceError
+from flexattn.mask_object import name_of
 from flexattn.testing import assert_causal
 
 images = torch.tensor([-1, 0, 0, 0, -1, -1, 1, 1, -1, 2, 2, 2, 2, -1, -1, -1] * 5)
@@ -43,7 +44,7 @@ def test_causal_masks_pass(mask: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [masks.noop_mask, masks.prefix_lm(7), masks.window(4, 2), masks.chunked(16), masks.causal(1)], ids=repr
+    "mask", [masks.noop_mask, masks.prefix_lm(7), masks.window(4, 2), masks.chunked(16), masks.causal(1)], ids=name_of
 )
 @pytest.mark.parametrize("shape", [40, (30, 50), (2, 3, 33, 20)])
 def test_the_first_and_the_number_of_what_is_seen_too_early_are_those_of_brute_force(mask: Any, shape: Any) -> None:
@@ -80,7 +81,7 @@ def test_a_block_mask_is_judged_by_its_lists() -> None:
     assert "q_idx=0, kv_idx=1." in text_of(exact.with_mask_mod(None))
 
 
-@pytest.mark.parametrize("mask", [masks.causal_mask, masks.sliding_window(20)], ids=repr)
+@pytest.mark.parametrize("mask", [masks.causal_mask, masks.sliding_window(20)], ids=name_of)
 def test_a_causal_layer_passes(mask: Any) -> None:
     assert_causal(attention=layer(mask), shape=(2, 2, 140, 140))
 

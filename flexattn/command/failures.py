@@ -1,0 +1,65 @@
+"""What ends a command early, each kind with its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FINE, DIFFERS, MISTAKE, UNAVAILABLE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+EXIT_CODES = {
+    FINE: "fine: equal, or all checks passed",
+    DIFFERS: "the masks differ, or a check failed",
+    MISTAKE: "a mistake in the arguments, or in the function that they name",
+    UNAVAILABLE: "this machine cannot do it: no GPU, or an optional part is missing",
+    INTERNAL: "an error inside flexattn",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+
+
+class Failure(Exception):
+    """A command cannot go on. The text is for the user; `code` is what the process ends with.
+
+    Attributes:
+        kind: the same as a word, for --json.
+    """
+
+    code = INTERNAL
+    kind = "internal"
+
+
+class Mistake(Failure):
+    """The arguments, or what they name, are not what the command takes."""
+
+    code = MISTAKE
+    kind = "arguments"
+
+
+class Unavailable(Failure):
+    """What was asked cannot be done on this machine, or with what is installed."""
+
+    code = UNAVAILABLE
+    kind = "unavailable"
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Inside, the user's own code runs, or what the user gave is checked: an exception is a `Mistake` about `what`."""
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        raise Mistake(f"{what}: {told(error)}") from error
+
+
+def told(error: BaseException) -> str:
+    """An exception in words: its text, after its name unless the text is made for people."""
+    text = str(error).strip()
+    if isinstance(error, (AssertionError, Failure)) or type(error).__name__ in (
+        "TraceError",
+        "ValueError",
+        "KernelError",
+    ):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

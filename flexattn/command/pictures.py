@@ -1,0 +1,57 @@
+"""A mask in characters: its blocks by kind, and the elements of a small one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..block_mask import BlockMask
+from ..block_mask_cells import gathered_blocks
+from ..create import create_mask
+from ..mask_algebra import whole_mask_mod
+
+FULL, PARTIAL, EMPTY = "█", "▒", "·"
+ROWS = 32  # of a picture, at most
+_PER_CELL = 2  # characters
+
+
+class Blocks(NamedTuple):
+    """How many blocks of one batch entry and head are of each kind."""
+
+    full: int
+    partial: int
+    empty: int
+
+
+def counts(mask: BlockMask, batch: int, head: int) -> Blocks:
+    """The blocks of one batch entry and head."""
+    cells = gathered_blocks(mask, batch, head, (1, 1))[0]
+    full, partial, things = (int(t.sum()) for t in (cells.full, cells.partial, cells.things))
+    return Blocks(full, partial, things - full - partial)
+
+
+def block_picture(mask: BlockMask, batch: int, head: int, width: int) -> str:
+    """The blocks: `█` where all of a cell's are full, `·` where all are empty, else `▒`. No line is longer than `width`."""
+    cells = gathered_blocks(mask, batch, head, (ROWS, min(ROWS, width // _PER_CELL)))[0]
+    signs = torch.where(cells.full == cells.things, 2, (cells.visited > 0).long())
+    return _drawn(signs, EMPTY + PARTIAL + FULL)
+
+
+def elements(mask: BlockMask, batch: int, head: int, width: int) -> torch.Tensor | None:
+    """[Q_LEN, KV_LEN] bool: what is attended, or None for a mask that is too large to draw."""
+    Q_LEN, KV_LEN = mask.seq_lengths
+    if Q_LEN > ROWS or KV_LEN * _PER_CELL > width:
+        return None
+    B, H = mask.sizes
+    keep = create_mask(whole_mask_mod(mask), B, H, Q_LEN, KV_LEN, mask.device)
+    return keep[batch if B > 1 else 0, head if H > 1 else 0].cpu()
+
+
+def element_picture(keep: torch.Tensor) -> str:
+    """A row a query, a column a key: 1 where it is attended."""
+    return _drawn(keep.long(), ".1")
+
+
+def _drawn(signs: torch.Tensor, characters: str) -> str:
+    return "\n".join(" ".join(characters[sign] for sign in row) for row in signs.tolist())

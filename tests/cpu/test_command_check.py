@@ -1,0 +1,293 @@
+"""`flexattn check` and `flexattn bench`: what is found wrong, what is not run and why, and which times are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_runs import Runner, runner
+
+import flexattn
+from flexattn.codegen import derivative, pipeline
+from flexattn.codegen.ir import Op
+from flexattn.command import checks, contenders, times
+from flexattn.command.contenders import Problem
+from flexattn.command.output import Output
+from flexattn.command.pairs import Pair
+
+MODULE = """
+import torch
+import flexattn
+slopes = torch.tensor([0.5, 0.25, 0.125], requires_grad=True)
+ids = torch.tensor([0, 0, 0, 1, 1])
+packed = flexattn.Documents.from_lengths([3, 2])
+halves = torch.tensor([0.5])
+
+
+def alibi(score, b, h, q_idx, kv_idx):
+    return score + slopes[h] * (kv_idx - q_idx)
+
+
+def off_by_one(b, h, q_idx, kv_idx):
+    return q_idx + 1 >= kv_idx
+
+
+def branches(score, b, h, q_idx, kv_idx):
+    if q_idx > kv_idx:
+        return score
+    return -score
+
+
+block = flexattn.create_block_mask(flexattn.masks.causal_mask, None, None, 24, 24, device="cpu", BLOCK_SIZE=8)
+"""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Commands, in a folder that has a module of mods."""
+    return runner(capsys, tmp_path, monkeypatch, {"tried": MODULE})
+
+
+def outcomes(document: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["outcome"] for check in document["checks"]}
+
+
+SMALL = ("--length", "24", "--head-dim", "8", "--device", "cpu")
+
+
+def test_a_good_mod_passes_every_check(run: Runner) -> None:
+    ran = run("check", "tried:alibi", "--mask", "causal_mask", "--causal", *SMALL, "--json")
+    found = ran.document
+    assert ran.code == 0, ran.out
+    assert set(outcomes(found).values()) <= {"passed", "not run"}
+    for name in ("trace", "law trace", "law derivative", "reference", "gradients", "causal"):
+        assert outcomes(found)[name] == "passed", name
+    assert outcomes(found)["leaks"] == "not run"
+    assert found["sizes"] == {"B": 2, "Hq": 3, "Hkv": 3, "L": 24, "S": 24, "E": 8, "Ev": 8}
+    assert (found["subject"], found["dtype"], found["backend"]) == ("tried:alibi, causal_mask", "float32", "auto")
+    assert found["device"] == "cpu"
+    assert found["passed"] == sum(o == "passed" for o in outcomes(found).values()) and found["failed"] == 0
+    assert all(check["seconds"] >= 0 for check in found["checks"])
+
+
+def test_each_check_is_a_line(run: Runner) -> None:
+    ran = run("check", "causal_mask", *SMALL)
+    lines = ran.out.splitlines()
+    assert lines[0] == "causal_mask: B=2, Hq=4, Hkv=2, L=24, S=24, E=8, Ev=8, float32, cpu"
+    assert any(line.startswith("passed   trace: the mods become a program (") for line in lines)
+    assert "not run  gradients: the generated derivative agrees with finite differences" in lines
+    assert "         a mask has no derivative" in lines
+    assert "         no documents were given: --documents 60,40,60" in lines
+    assert "         not asked for: --causal" in lines
+    assert lines[-1].endswith(" not run") and ", 0 failed, " in lines[-1]
+
+
+def test_a_mask_that_sees_the_future_fails(run: Runner) -> None:
+    ran = run("check", "tried:off_by_one", "--causal", *SMALL)
+    assert ran.code == 1
+    failed = ran.out[ran.out.index("failed   causal: no query sees a later key") :]
+    assert "q_idx=0, kv_idx=1" in failed and ", 1 failed, " in ran.out.splitlines()[-1]
+    found = run.json("check", "tried:off_by_one", "--causal", *SMALL)
+    (causal,) = (c for c in found["checks"] if c["name"] == "causal")
+    assert causal["outcome"] == "failed" and "q_idx=0, kv_idx=1" in causal["error"]
+
+
+def test_no_mask_at_all_is_not_causal(run: Runner) -> None:
+    assert outcomes(run.json("check", "softcap(2)", "--causal", *SMALL))["causal"] == "failed"
+
+
+def test_documents_are_kept_apart_or_not(run: Runner) -> None:
+    good = run.json("check", "causal_mask & documents(3, 2)", "--documents", "3,2", "--head-dim", "8")
+    assert outcomes(good)["leaks"] == "passed" and good["sizes"]["L"] == 5
+    for documents in ("3, 2", "tried:ids", "tried:packed", "tried.py:ids"):
+        ran = run("check", "causal_mask", "--documents", documents, "--head-dim", "8", "--json")
+        (leaks,) = (c for c in ran.document["checks"] if c["name"] == "leaks")
+        assert ran.code == 1 and leaks["outcome"] == "failed" and "q_idx=3, kv_idx=0" in leaks["error"], documents
+
+
+def test_a_mod_that_cannot_be_traced_fails_and_ends_the_rest(run: Runner) -> None:
+    ran = run("check", "tried:branches", *SMALL)
+    assert ran.code == 1
+    assert "uses `if` on a traced value" in ran.out and "Write instead: " in ran.out
+    found = run.json("check", "tried:branches", *SMALL)
+    assert outcomes(found) == {c.name: "failed" if c.name == "trace" else "not run" for c in checks.CHECKS}
+    assert {c["why"] for c in found["checks"][1:]} == {"the mods cannot be traced"}
+
+
+def test_a_wrong_derivative_is_found(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(derivative.DERIVATIVES, Op.TANH, lambda node, grad: (grad,))
+    pipeline.variant.cache_clear()  # which keeps derivatives
+    ran = run("check", "softcap(1.25)", *SMALL, "--json")
+    pipeline.variant.cache_clear()
+    failed = {name for name, outcome in outcomes(ran.document).items() if outcome == "failed"}
+    assert ran.code == 1 and {"law derivative", "reference", "gradients"} <= failed
+
+
+def test_a_block_mask_brings_its_lengths(run: Runner) -> None:
+    found = run.json("check", "tried:block", "--head-dim", "8")
+    assert (found["sizes"]["L"], found["sizes"]["S"]) == (24, 24)
+    assert outcomes(found)["reference"] == "passed"
+
+
+def test_a_failure_shows_its_traceback_on_demand(run: Runner) -> None:
+    assert "Traceback" not in run("check", "tried:off_by_one", "--causal", *SMALL).err
+    assert "AssertionError" in run("check", "tried:off_by_one", "--causal", *SMALL, "--debug").err
+
+
+MISTAKES = {
+    (
+        "check",
+        "causal_mask",
+        "--documents",
+        "3,x",
+    ): "argument --documents: '3,x' has no lengths; write 60,40,60, or MODULE:NAME",
+    (
+        "check",
+        "causal_mask",
+        "--documents",
+        "3,2",
+        "--length",
+        "6",
+    ): "--documents has 5 tokens, the shape 6 queries or keys",
+    (
+        "check",
+        "causal_mask",
+        "--documents",
+        "tried:halves",
+    ): "a torch.float32 of shape [1]; ids are integers, [S] or [B, S]",
+    ("check", "causal_mask", "--documents", "tried:idx"): "tried has no 'idx'; did you mean ids?",
+    ("check", "causal_mask", "--kv-heads", "3"): "--kv-heads 3: Hq=4 is no multiple of Hkv=3",
+    ("check", "causal_mask", "--backend", "cuda"): "'cuda' is unknown. Write one of auto, triton, tiled, reference",
+    ("bench", "tried:branches"): "tried:branches: score_mod at",
+    ("bench", "tried:block", "--length", "9"): "tried:block: a BlockMask made for lengths (Q_LEN, KV_LEN) = (24, 24)",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+def test_a_mistake_is_answered_without_a_traceback(run: Runner, words: tuple[str, ...]) -> None:
+    ran = run(*words)
+    assert ran.code == 2, ran
+    assert MISTAKES[words] in ran.err and "Traceback" not in ran.err
+
+
+def test_kernels_that_cannot_run_here_are_unavailable(run: Runner) -> None:
+    ran = run("check", "causal_mask", "--backend", "triton", "--dtype", "float64")
+    assert ran.code == 3 and "--backend triton: the fused kernel" in ran.err
+
+
+# ---- bench
+
+
+def test_bench_times_what_it_can(run: Runner) -> None:
+    found = run.json(
+        "bench", "sliding_window(8)", "--length", "32", "64", "--heads", "2", "--seconds", "0.01", "--device", "cpu"
+    )
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
+    assert [(r["subject"], r["L"], r["H"]) for r in found["results"]] == [("sliding_window(8)", n, 2) for n in (32, 64)]
+    for result in found["results"]:
+        ours, dense, compiled = result["contenders"]
+        assert (ours["name"], ours["forward_ratio"], ours["backward_ratio"]) == ("flexattn", 1.0, 1.0)
+        assert dense["name"] == "sdpa, dense mask" and dense["differs"] is None
+        assert dense["forward_ratio"] == pytest.approx(dense["forward_ms"] / ours["forward_ms"])
+        assert min(ours["rounds"], dense["rounds"]) >= times.LEAST_ROUNDS
+        assert compiled["forward_ms"] is None and "--compile" in compiled["not_run"]
+
+
+def test_bench_prints_a_table(run: Runner) -> None:
+    words = (
+        "alibi(2)",
+        "--mask",
+        "causal_mask",
+        "--length",
+        "32",
+        "--heads",
+        "2",
+        "--seconds",
+        "0.01",
+        "--device",
+        "cpu",
+    )
+    out = run("bench", *words).out.splitlines()
+    assert out[0].startswith("alibi(2), causal_mask: B=1 H=2 L=32 E=64, float32, cpu, ")
+    assert out[1].split() == ["forward", "ms", "ratio", "backward", "ms", "ratio"]
+    assert out[2].split()[0] == "flexattn" and out[2].split()[2] == "1.00"
+    assert out[3].startswith("  sdpa, dense mask ") and "-" not in out[3].split()
+
+
+def test_the_length_is_that_of_what_is_read(run: Runner) -> None:
+    words = ("--heads", "1", "--head-dim", "8", "--seconds", "0.01", "--device", "cpu")
+    assert run.json("bench", "documents(3, 2)", *words)["results"][0]["L"] == 5
+    assert run.json("bench", "tried:block", *words)["results"][0]["L"] == 24
+
+
+def test_a_mod_that_is_no_bias_has_no_dense_rival(run: Runner) -> None:
+    found = run.json("bench", "softcap(3)", "--length", "16", "--heads", "1", "--seconds", "0.01", "--device", "cpu")
+    assert "does more than add a bias" in found["results"][0]["contenders"][1]["not_run"]
+
+
+def test_a_dense_mask_that_does_not_fit_is_not_made(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "_free_memory", lambda device: 2**20)
+    found = run.json("bench", "causal_mask", "--length", "512", "--heads", "1", "--seconds", "0.01", "--device", "cpu")
+    assert "the dense mask and scores need" in found["results"][0]["contenders"][1]["not_run"]
+
+
+def test_a_rival_that_computes_something_else_is_told(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setitem(contenders.CONTENDERS, "sdpa, dense mask", lambda problem: attend)  # which drops the mask
+    ran = run("bench", "causal_mask", "--length", "32", "--seconds", "0.01", "--device", "cpu", "--json")
+    rival = ran.document["results"][0]["contenders"][1]
+    assert ran.code == 1 and "its output is not flexattn's" in rival["differs"] and rival["forward_ms"] is None
+
+
+def test_a_rival_that_fails_is_told(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(problem: Problem) -> Any:
+        raise RuntimeError("out of something")
+
+    monkeypatch.setitem(contenders.CONTENDERS, "sdpa, dense mask", fail)
+    ran = run("bench", "causal_mask", "--length", "32", "--seconds", "0.01", "--device", "cpu", "--json")
+    assert ran.code == 0
+    assert (
+        ran.document["results"][0]["contenders"][1]["not_run"] == "not run: it failed: RuntimeError: out of something"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_results_are_compared_in_every_dtype(run: Runner, dtype: str) -> None:
+    """Rows without keys, and grouped positions: a right rival is never taken for a wrong one."""
+    nothing_first = "sliding_window(5) & ~global_tokens(3)"
+    words = ("--length", "64", "--heads", "2", "--dtype", dtype, "--seconds", "0.01", "--device", "cpu")
+    for mask in (nothing_first, "documents(20, 44) & causal_mask"):
+        ran = run("bench", mask, *words, "--json")
+        assert ran.code == 0, ran.document
+    assert run("bench", "alibi(2)", "--mask", "causal_mask", *words).code == 0
+
+
+def test_the_compiled_rival_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = torch.compile
+
+    def compile(function: Any, **options: Any) -> Any:  # eager flex_attention uses it, too
+        if function is not contenders.peer.flex_attention:
+            return real(function, **options)
+        seen.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    mods = Pair("causal_mask", None, flexattn.masks.causal_mask)
+    problem = Problem.of(mods, (1, 1, 32, 8), "float32", "cpu", compiles=True)
+    with pytest.warns(UserWarning, match="materializes"):
+        contenders.peer._WARNINGS_SHOWN.clear()
+        rows = times.measure(problem, 0.01, Output("bench", True))
+    assert seen == [{"dynamic": False}]
+    compiled = rows[2].to_dict(rows[0])
+    assert compiled["forward_ms"] > 0 and compiled["backward_ms"] is None and compiled["differs"] is None
+    assert compiled["not_run"] == "backward not run: PyTorch's flex_attention has none on a CPU"
+
+
+def test_a_gpu_that_is_not_there_is_unavailable(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in (("bench",), ("check", "causal_mask")):
+        ran = run(*words, "--device", "cuda")
+        assert ran.code == 3 and "--device cuda: there is no GPU here" in ran.err

@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="batch entries (default: 1)")
     parser.add_argument("--heads", type=positive, default=8, metavar="N", help="heads (default: 8)")
     parser.add_argument("--head-dim", type=positive, default=64, metavar="N", help="of query and value (default: 64)")
-    add_dtype(parser)
+    add_dtype(parser, "float32, on a GPU bfloat16")
     add_device(parser)
     parser.add_argument(
         "--seconds",

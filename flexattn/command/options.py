@@ -81,10 +81,10 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
     return word
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add --dtype."""
+def add_dtype(parser: argparse.ArgumentParser, default: str = "float32") -> None:
+    """Add --dtype; `default` says which one it is without."""
     parser.add_argument(
-        "--dtype", type=one_of(DTYPES), metavar="DTYPE", help=f"of the query: {', '.join(DTYPES)} (default: float32)"
+        "--dtype", type=one_of(DTYPES), metavar="DTYPE", help=f"of the query: {', '.join(DTYPES)} (default: {default})"
     )
 
 

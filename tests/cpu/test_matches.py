@@ -141,7 +141,7 @@ def test_an_attention_that_returns_something_else() -> None:
 
 def test_a_captured_tensor_that_is_too_short_is_named() -> None:
     short = torch.zeros(30)
-    with pytest.raises(ValueError, match=r"index 30 is out of range .* have shapes c0 \(30,\).*Pass shape=Sizes"):
+    with pytest.raises(ValueError, match=r"(?s)index 30 is out of range .* have shapes c0 \(30,\).*Pass shape=Sizes"):
         assert_matches_reference(lambda score, b, h, q_idx, kv_idx: score + short[q_idx], shape=SMALL)
 
 

@@ -15,7 +15,8 @@ def smallest(sizes: Sizes, fails: Callable[[Sizes], bool], least: Sizes | None =
     """Sizes at which `fails` is true and from which none of B, Hq, Hkv, L, S, E, Ev could be made smaller alone.
 
     `fails` is true of `sizes`. Each size is reduced by half of itself, then by smaller and smaller steps down to one; groups of
-    heads stay whole. `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
+    heads stay whole, and L and S, or E and Ev, are reduced together first where they are equal: an implementation may need that.
+    `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
 
     Example:
         >>> smallest(Sizes(), lambda sizes: sizes.S > 128)
@@ -48,6 +49,9 @@ def _reduced(sizes: Sizes, name: str, step: int, least: Sizes) -> Iterator[Sizes
         "Hkv": ({"Hkv": n, "Hq": n * group}, {"Hkv": n}),
         "Hq": ({"Hq": n // sizes.Hkv * sizes.Hkv},),
     }
+    for one, other in (("L", "S"), ("E", "Ev")):
+        if getattr(sizes, one) == getattr(sizes, other):
+            changes[one] = {one: n, other: n}, {one: n}
     for change in changes.get(name, ({name: n},)):
         made = sizes._replace(**change)
         if made != sizes and all(a <= b for a, b in zip(least, made, strict=True)) and made.Hq % made.Hkv == 0:

@@ -12,10 +12,10 @@ from command_runs import Runner, runner
 import flexattn
 from flexattn.codegen import derivative, pipeline
 from flexattn.codegen.ir import Op
-from flexattn.command import checks, contenders, times
-from flexattn.command.contenders import Problem
-from flexattn.command.output import Output
-from flexattn.command.pairs import Pair
+from flexattn_command import checks, contenders, times
+from flexattn_command.contenders import Problem
+from flexattn_command.output import Output
+from flexattn_command.pairs import Pair
 
 MODULE = """
 import torch

@@ -17,7 +17,8 @@ from .shapes import add_shape, chosen, positive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..testing import Sizes
+    from flexattn.testing import Sizes
+
     from .checks import Outcome
     from .pairs import Pair
 
@@ -116,7 +117,8 @@ def _ids(given: Any) -> Tensor:
     """[S] or [B, S] int32 ids, of lengths or of what a notation names."""
     import torch
 
-    from ..documents import Documents
+    from flexattn.documents import Documents
+
     from .build import value
 
     if isinstance(given, list):
@@ -136,7 +138,8 @@ def _ids(given: Any) -> Tensor:
 
 def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Sizes:
     """The problem: as said, else of what the mods and the documents are made for, else that of `Sizes`."""
-    from ..testing import Sizes
+    from flexattn.testing import Sizes
+
     from .build import read_sizes
 
     usual = Sizes()
@@ -174,7 +177,7 @@ def _check_backend(backend: str, dtype: Any, head_dim: int, device: str) -> None
     """Raise for the fused kernels where there are none."""
     import torch
 
-    from .. import validate
+    from flexattn import validate
 
     if backend == "triton":
         sample = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)

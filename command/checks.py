@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..codegen.trace import trace
-from ..masks import noop_mask
-from ..testing import Sizes, assert_causal, assert_matches_reference, assert_no_leak, gradcheck
-from ..testing.laws import LawNotRun, check_laws
+from flexattn.codegen.trace import trace
+from flexattn.masks import noop_mask
+from flexattn.testing import Sizes, assert_causal, assert_matches_reference, assert_no_leak, gradcheck
+from flexattn.testing.laws import LawNotRun, check_laws
+
 from .pairs import Pair
 
 _SMALL = Sizes(2, 64, 64, 20, 24, 8, 8)  # of finite differences, which take a run for each entry that is moved

@@ -37,7 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--documents",
         type=documents,
         metavar="LENGTHS",
-        help="no document may see another one: lengths such as 60,40,60, or MODULE:NAME of ids or of a Documents",
+        help="no document may see another one, and with batch_invariant= each gets the same bits in any packing: lengths such "
+        "as 60,40,60, or MODULE:NAME of ids or of a Documents",
     )
     parser.add_argument("--causal", action="store_true", help="no query may see a later key")
 

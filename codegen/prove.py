@@ -30,7 +30,7 @@ from .ir import Node, walk
 from .polynomials import Polynomial, Terms
 
 _LARGEST = 400  # nodes of a mask that is worth the while
-_WORK = 150_000  # of the order of a second
+_WORK = 60_000  # of the order of a second
 _PAIRS = 200  # of applications that are compared
 
 

@@ -29,7 +29,7 @@ def test_the_signature_is_pytorchs_with_ours_appended() -> None:
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (flex_attention, peer.flex_attention))
     for a, b in zip(ours, theirs, strict=False):
         assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default)
-    assert [p.name for p in ours[len(theirs) :]] == ["mask_mod", "backend"]
+    assert [p.name for p in ours[len(theirs) :]] == ["mask_mod", "backend", "batch_invariant"]
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (create_block_mask, peer.create_block_mask))
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
     assert [(p.name, p.kind) for p in ours[len(theirs) :]] == [("max_memory", inspect.Parameter.KEYWORD_ONLY)]

@@ -23,7 +23,7 @@ from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
 from .private import DisableTorchFunctionSubclass, base_of, make_wrapper_subclass
 from .promotion import cast, current_default_float
-from .refusals import random_number, unsupported, value_read, write
+from .refusals import own_gradient, random_number, unsupported, value_read, without_gradient, write
 from .spec import load
 from .spellings import RANDOM, canonical
 from .values import Value, View, fold, known, number_of, pick
@@ -36,20 +36,9 @@ _VALUE_READS = frozenset(
 REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
 SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
 ATTRIBUTES = frozenset(
-    [
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "requires_grad",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_sparse",
-        "is_nested",
-        "itemsize",
-    ]
-)
+    ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested",
+     "itemsize")
+)  # fmt: skip
 QUERIES = frozenset(
     ("dim", "ndimension", "size", "numel", "is_floating_point", "is_complex", "element_size", "__len__")
 )
@@ -86,7 +75,7 @@ class Placeholder(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise unsupported(str(func))
+        raise own_gradient() if "view_as" in str(func) or "alias" in str(func) else unsupported(str(func))
 
 
 def _find_placeholder(item: Any) -> Placeholder | None:
@@ -114,9 +103,13 @@ class Recorder(TorchFunctionMode):
         self._own: dict[int, Tensor] = {}  # tensors made while the mod runs, which it may write to
 
     def placeholder(self, content: Value | View) -> Placeholder:
+        """Raises `TraceError` where gradients are off: the generated derivative would not know."""
+        if not torch.is_grad_enabled():
+            raise without_gradient()
         dtype = content.nodes[0].dtype if isinstance(content, Value) else IR_DTYPE[content.base.dtype]
+        # Requires a gradient, so that what an autograd.Function returns can be told.
         made: Placeholder = make_wrapper_subclass(
-            Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device
+            Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device, requires_grad=dtype.is_float
         )
         made.content = content
         made.recorder = self
@@ -289,6 +282,10 @@ class Recorder(TorchFunctionMode):
         return Node(Op.CAPTURED, (), IR_DTYPE[tensor.dtype], Kind.ELEMENT, (number, tensor.dim()))
 
     def _value(self, item: Placeholder) -> Value:
+        with DisableTorchFunctionSubclass():
+            applied = item.grad_fn is not None
+        if applied:
+            raise own_gradient()
         return item.content if isinstance(item.content, Value) else self._unroll(item.content)
 
     def _unroll(self, view: View) -> Value:

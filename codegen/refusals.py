@@ -52,3 +52,20 @@ def value_read(name: str) -> TraceError:
         "A score or an index has no value while a mod is traced: the kernel evaluates a whole tile at once.",
         instead,
     )
+
+
+def without_gradient() -> TraceError:
+    return TraceError(
+        "computes where gradients are off: under torch.no_grad, or in the forward of a torch.autograd.Function",
+        "The derivative is generated from the operations, and would go through these.",
+        "x.detach() for what shall have no gradient; a gradient of one's own is taken outside of attention",
+    )
+
+
+def own_gradient() -> TraceError:
+    return TraceError(
+        "applies a torch.autograd.Function to a traced tensor",
+        "The derivative is generated from the operations, and would not be the backward of that function.",
+        "the operations themselves, with x.detach() for what shall have no gradient: x + (f(x) - x).detach() has the value "
+        "of f and the gradient of x",
+    )

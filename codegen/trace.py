@@ -95,10 +95,11 @@ def record(
 
 def _run(role: str, mod: Callable[..., Any], recorder: Recorder, score: Node | None) -> Node:
     check_arguments(role, mod)
-    indices = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
-    arguments = indices if score is None else [recorder.scalar(score), *indices]
+    with torch.enable_grad():  # whatever the caller has: gradients that a mod turns off are refused
+        indices = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
+        arguments = indices if score is None else [recorder.scalar(score), *indices]
     try:
-        with recorder:
+        with torch.enable_grad(), recorder:
             result = mod(*arguments)
         return _result(role, result, recorder)
     except TraceError as error:

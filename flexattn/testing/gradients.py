@@ -89,7 +89,9 @@ def gradcheck(
         21 derivatives agree with finite differences
     """
     if directions < 0 or (entries is not None and entries < 0):
-        raise ValueError(f"entries={entries}, directions={directions}; give numbers of 0 or more, or entries=None for all")
+        raise ValueError(
+            f"entries={entries}, directions={directions}; give numbers of 0 or more, or entries=None for all"
+        )
     sizes = SMALL if shape is None else Sizes(*shape)
     sizes.check()
     where = torch.device(device)

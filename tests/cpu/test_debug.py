@@ -84,7 +84,9 @@ def test_tensors_in_containers_objects_submodules_and_defaults_are_named() -> No
 
     layer, settings, several = Layer(), types.SimpleNamespace(bias=torch.zeros(10)), [torch.zeros(10)]
 
-    def with_default(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, table: Tensor = several[0] + 1) -> Tensor:
+    def with_default(
+        s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, table: Tensor = several[0] + 1
+    ) -> Tensor:
         return s + table[j]
 
     mods: dict[str, Any] = {

@@ -116,7 +116,11 @@ def test_options_come_before_the_ini_file(pytester: pytest.Pytester) -> None:
             "*flexattn_backend is 'fast'; it must be one of auto, triton, tiled, reference*",
         ),
         ([], "flexattn_seed = many", "*the flexattn seed is 'many'; it must be an integer, 0 or more*"),
-        ([f"--flexattn-seed={1 << 70}"], "", "*the flexattn seed is '11805*'; it must be an integer, 0 or more, of 63 bits*"),
+        (
+            [f"--flexattn-seed={1 << 70}"],
+            "",
+            "*the flexattn seed is '11805*'; it must be an integer, 0 or more, of 63 bits*",
+        ),
     ],
 )
 def test_wrong_options_are_refused(pytester: pytest.Pytester, options: list[str], ini: str, message: str) -> None:

@@ -173,7 +173,7 @@ def inspect(
     with torch.no_grad():
         problem, origin = _problem(query, key, value, score_mod, mask_mod, block_mask, scale)
         found = _Tile.of(problem, b, h, rows, columns)
-        single = isinstance(q_idx, int) and isinstance(kv_idx, int)
+        single = not _is_many(q_idx) and not _is_many(kv_idx)
         operations = _operations(problem, origin, At(b, h, rows[0], columns[0]), found.score) if single else ()
     keep = [slice(None) if _is_many(i) else 0 for i in (q_idx, kv_idx)]
 
@@ -203,7 +203,7 @@ def inspect(
 
 
 def _is_many(selection: Any) -> bool:
-    return not isinstance(selection, int) and not (isinstance(selection, Tensor) and selection.dim() == 0)
+    return selection.dim() > 0 if isinstance(selection, Tensor) else not hasattr(selection, "__index__")
 
 
 def _one(name: str, index: Any, size: int) -> int:

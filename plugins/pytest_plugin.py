@@ -73,8 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
     backend, seed = _said(config, "backend", "auto"), _said(config, "seed", "0")
     if backend not in BACKENDS:
         raise pytest.UsageError(f"flexattn_backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    if not seed.isdecimal():
-        raise pytest.UsageError(f"the flexattn seed is {seed!r}; it must be an integer, 0 or more")
+    if not seed.isdecimal() or int(seed) >= 1 << 63:
+        raise pytest.UsageError(f"the flexattn seed is {seed!r}; it must be an integer, 0 or more, of 63 bits")
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, which may need the device
@@ -104,6 +104,10 @@ def device_of(said: str) -> Any:
         raise pytest.UsageError(f"--flexattn-device={said}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and not available:
         pytest.skip(NO_GPU)
+    try:
+        torch.empty(1, device=said or None)
+    except (RuntimeError, AssertionError) as error:  # the third of two GPUs, or a build without this type
+        pytest.skip(f"{device} is not there: {str(error).splitlines()[0]}")
     return device
 
 

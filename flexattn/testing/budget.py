@@ -194,7 +194,8 @@ def _row(
     spread = torch.maximum(torch.exp(mod.high - finite) - p, p - torch.exp(mod.low - finite))
     size = mod.score.masked_fill(mod.score == -torch.inf, 0.0).abs() + finite.abs()
     smallest = torch.finfo(score_dtype(problem.query)).tiny  # below it a weight may be zero
-    E = spread + precision.e * p * (1 + size) + smallest * keep
+    # A number times a bool is of the default dtype, in which the smallest float64 is 0.
+    E = spread + precision.e * p * (1 + size) + smallest * keep.double()
     total = E.sum(-1, keepdim=True) + precision.e * growth(S)
     total = torch.where(total < 1, -torch.log1p(-total), torch.inf).masked_fill(lse == -torch.inf, 0.0)
     alone: Tensor | float = LAMBDA * precision.w / 2

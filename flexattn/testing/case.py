@@ -212,15 +212,16 @@ class Case:
         """Exact results, the gradients that arrive, and the results of plain attention."""
         dout, dlse = operands.dout.double(), operands.dlse
         zero = torch.zeros_like(dout), torch.zeros_like(dlse)
+        own = self.attention is not None
         exact = solve(wide.problem, [], dout, dlse)
         seeds = Seeds(dout, torch.where(exact["lse"].isfinite(), dlse, 0) if with_lse else zero[1], *zero)
         if self.normalizer is not None:
-            own = self.attention is not None
             bounds = budgets(problem, wide, exact, None, Seeds(*zero, *zero), scores=own).allowed
             seeds = self._seeds(exact, Bounds(*(bounds[n] for n in Bounds._fields)), dout)
         leaves = [(i, wide.leaves[i]) for i in wanted]
         exact = solve(wide.problem, leaves, seeds.dout, seeds.dlse)
-        plain = solve(problem, [(i, problem.captured[i]) for i in wanted], seeds.dout, seeds.dlse, plain=True)
+        learned = [(i, problem.captured[i]) for i in wanted]
+        plain = solve(problem, learned, seeds.dout, seeds.dlse, plain=True, scores=own)
         return exact, seeds, plain
 
     def _seeds(self, exact: Results, bounds: Bounds, dfinal: Tensor) -> Seeds:

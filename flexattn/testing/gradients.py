@@ -76,7 +76,8 @@ def gradcheck(
 
     Raises:
         AssertionError: names the tensor, the entry, the derivative and the difference.
-        ValueError: for a mod that detaches a value, whose gradient is not that of the function, or results that are nan.
+        ValueError: for a mod that detaches a value, whose gradient is not that of the function, for results that are nan, and
+            for negative numbers of entries or directions.
 
     Example:
         >>> import torch
@@ -87,6 +88,10 @@ def gradcheck(
         >>> print(gradcheck(softcap, entries=4))
         21 derivatives agree with finite differences
     """
+    if directions < 0 or (entries is not None and entries < 0):
+        raise ValueError(
+            f"entries={entries}, directions={directions}; give numbers of 0 or more, or entries=None for all"
+        )
     sizes = checked_sizes(SMALL if shape is None else shape)
     sizes.check()
     where = torch.device(device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..capture import score_dtype
 from ..problem import Problem
 from .budget import Results
 
@@ -15,19 +16,29 @@ Normalizer = Callable[[Tensor, Tensor], Tensor]
 
 
 def solve(
-    problem: Problem, captured: Sequence[tuple[int, Tensor]], dout: Tensor, dlse: Tensor, plain: bool = False
+    problem: Problem,
+    captured: Sequence[tuple[int, Tensor]],
+    dout: Tensor,
+    dlse: Tensor,
+    plain: bool = False,
+    scores: bool = False,
 ) -> Results:
     """Results of the reference: out, lse, max_scores, dq, dk, dv, and "d captured i" for the numbered leaves `captured`.
 
-    `plain`: with matrix products in the dtype of the query, as plain attention in torch computes them.
+    `plain`: with matrix products in the dtype of the query, as plain attention in torch computes them. Its lse and max_scores
+    are then of scores rounded to that dtype if `scores` is True, else of the unrounded ones that a fused kernel has.
     """
     q, k, v = leaves = [t.detach().requires_grad_() for t in (problem.query, problem.key, problem.value)]
     problem = problem._replace(query=q, key=k, value=v)
     found = reference.attention(problem, q.dtype if plain else None)
+    of_scores = found
+    if plain and not scores and score_dtype(q) is not q.dtype:
+        with torch.no_grad():
+            of_scores = reference.attention(problem, None)
     return {
         "out": found.out.detach(),
-        "lse": found.lse.detach(),
-        "max_scores": found.max_scores,
+        "lse": of_scores.lse.detach(),
+        "max_scores": of_scores.max_scores,
         **gradients([found.out, found.lse], [dout, dlse], leaves, captured),
     }
 

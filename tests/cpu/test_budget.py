@@ -62,3 +62,10 @@ def test_amplified_errors_are_allowed() -> None:
     _, small = judged(lambda s, b, h, q, k: torch.exp(s), torch.float32)
     _, large = judged(lambda s, b, h, q, k: torch.exp(s + 10), torch.float32)
     assert float((large.conditions["lse"] / small.conditions["lse"]).median()) > 1e3
+
+
+def test_a_weight_that_float64_holds_with_few_digits_may_be_any_of_them() -> None:
+    """Below the smallest normal number a weight has an absolute error, far above eps times the weight."""
+    query = torch.full((1, 2, 64, 16), 11.7, dtype=torch.float64)
+    _, found = judged(lambda s, b, h, q, k: s - 12.0 * k, torch.float64, query)
+    assert float(found.conditions["dk"].min()) > torch.finfo(torch.float64).tiny

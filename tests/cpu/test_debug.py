@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,36 @@ def test_tensors_are_named_as_attributes_arguments_or_by_number() -> None:
     values = torch.zeros(10)
     computed = lambda s, b, h, i, j: s + values.exp()[j]
     assert "captured tensor c0 of shape [10], read as c0[kv_idx]" in refused(IndexError, *inputs, computed)
+
+
+def test_tensors_in_containers_objects_submodules_and_defaults_are_named() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.tables = torch.nn.Linear(1, 10), {"near": torch.zeros(10)}
+
+        def by_submodule(self, s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + self.inner.bias[j]
+
+        def by_key(self, s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + self.tables["near"][j]
+
+    layer, settings, several = Layer(), types.SimpleNamespace(bias=torch.zeros(10)), [torch.zeros(10)]
+
+    def with_default(
+        s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, table: Tensor = several[0] + 1
+    ) -> Tensor:
+        return s + table[j]
+
+    mods: dict[str, Any] = {
+        "self.inner.bias": layer.by_submodule,
+        "self.tables['near']": layer.by_key,
+        "settings.bias": lambda s, b, h, i, j: s + settings.bias[j],
+        "several[0]": lambda s, b, h, i, j: s + several[0][j],
+        "table": with_default,
+    }
+    for name, mod in mods.items():
+        assert f"captured tensor {name} of shape [10], read as {name}[kv_idx]" in refused(IndexError, *qkv(), mod)
 
 
 def test_two_tensors_are_told_apart_and_so_are_their_lines() -> None:

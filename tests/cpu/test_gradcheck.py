@@ -115,3 +115,9 @@ def test_what_is_cut_off_on_purpose_is_refused() -> None:
 def test_results_that_are_nan_are_refused() -> None:
     with pytest.raises(ValueError, match="have no derivative"):
         gradcheck(lambda score, b, h, q_idx, kv_idx: torch.sqrt(score - 100), shape=TINY)
+
+
+@pytest.mark.parametrize("wrong", [{"entries": -3}, {"directions": -1}])
+def test_negative_counts_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="give numbers of 0 or more"):
+        gradcheck(**wrong)  # type: ignore[arg-type]

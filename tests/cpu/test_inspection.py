@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -119,6 +120,7 @@ SELECTIONS: dict[str, tuple[Any, list[int] | int]] = {
     "list": ([5, -40, 5], [5, 0, 5]),
     "tensor": (torch.tensor([7, -2]), [7, 38]),
     "0-d tensor": (torch.tensor(7), 7),
+    "number of another type": (np.int64(7), 7),
     "none": (None, list(range(40))),
     "empty": ([], []),
 }
@@ -203,6 +205,15 @@ def test_an_element_tells_how_its_score_came_about() -> None:
     assert "  SLOPES[h] = SLOPES[1] = 0.25" in facts and "  t2 = score + t1 = 1" in facts
     assert any(line.startswith("score_mod `alibi` at test_inspection.py:") for line in facts)
     assert repr(found) == "<Inspection of b=0, h=1, [] elements; print() it>"
+
+
+def test_an_index_of_any_type_is_one_element() -> None:
+    q, k, v = qkv()
+    given: dict[str, Any] = {"score_mod": alibi, "enable_gqa": True}
+    expected = flexattn.inspect(q, k, v, q_idx=5, kv_idx=3, **given)
+    for five in (torch.tensor(5), np.int64(5)):
+        found = flexattn.inspect(q, k, v, q_idx=five, kv_idx=3, **given)
+        assert str(found) == str(expected) and found.operations == expected.operations != ()
 
 
 def test_an_index_beyond_a_tensor_is_shown_with_what_is_read() -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexattn import AuxRequest, flex_attention
 from flexattn.backends import schedule
 from flexattn.backends.tiled import Chunk, Walk
 from flexattn.codegen import derivative, pipeline
 from flexattn.codegen.ir import Op
-from flexattn.testing import Sizes, assert_matches_reference, gradcheck
+from flexattn.testing import Sizes, assert_matches_reference, case, gradcheck
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 SINGLE = Sizes(B=1, Hq=2, Hkv=2, L=96, S=96, E=16, Ev=16)
@@ -119,6 +120,19 @@ def test_lse_in_base_2() -> None:
     sizes, text = the_smallest(lambda: assert_matches_reference(attention=binary, shape=SINGLE))
     assert sizes == Sizes(1, 1, 1, 1, 1, 1, 1)
     assert "multiply it by log(2)" in text and "right: out" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["lse", "max_scores"])
+def test_scores_that_are_off_by_far_less_than_those_of_plain_attention(dtype: torch.dtype, name: str) -> None:
+    """Plain attention rounds them to 16 bits; a fused kernel does not."""
+
+    def off(*given: Any, **options: Any) -> tuple[Tensor, AuxRequest]:
+        out, aux = flex_attention(*given, **options)
+        return out, aux._replace(**{name: getattr(aux, name) + torch.finfo(dtype).eps / 16})
+
+    with patch.object(case, "flex_attention", off), pytest.raises(AssertionError, match=f"{name} is wrong in"):
+        assert_matches_reference(shape=SINGLE, dtype=dtype)
 
 
 class _MissesQueries(torch.autograd.Function):

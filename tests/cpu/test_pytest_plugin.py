@@ -116,6 +116,11 @@ def test_options_come_before_the_ini_file(pytester: pytest.Pytester) -> None:
             "*flexattn_backend is 'fast'; it must be one of auto, triton, tiled, reference*",
         ),
         ([], "flexattn_seed = many", "*the flexattn seed is 'many'; it must be an integer, 0 or more*"),
+        (
+            [f"--flexattn-seed={1 << 70}"],
+            "",
+            "*the flexattn seed is '11805*'; it must be an integer, 0 or more, of 63 bits*",
+        ),
     ],
 )
 def test_wrong_options_are_refused(pytester: pytest.Pytester, options: list[str], ini: str, message: str) -> None:
@@ -130,6 +135,8 @@ def test_a_device_that_is_not_there_skips_and_one_that_is_none_is_refused(monkey
     assert device_of("") == torch.device("cpu") and device_of("meta") == torch.device("meta")
     with pytest.raises(pytest.skip.Exception, match="needs a CUDA device"):
         device_of("cuda:1")
+    with pytest.raises(pytest.skip.Exception, match="xpu is not there: "):
+        device_of("xpu")
     with pytest.raises(pytest.UsageError, match="--flexattn-device=gpu: Expected one of cpu, cuda"):
         device_of("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

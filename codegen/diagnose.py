@@ -44,8 +44,9 @@ def locate(error: TraceError, traceback: TracebackType | None, role: str, fallba
 
 def _explain_truth(filename: str, line: int) -> TraceError:
     """Which construct asked a traced tensor for its truth, and what to write in its place."""
+    lines = linecache.getlines(filename)
     try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
+        tree = ast.parse("".join(lines))
     except (SyntaxError, ValueError):
         tree = ast.Module([], [])
     node = _innermost(tree, line)
@@ -66,6 +67,8 @@ def _explain_truth(filename: str, line: int) -> TraceError:
             return TraceError("uses `not` on a traced value", _ONE_ANSWER.format("`not`"), f"~({ast.unparse(operand)})")
         case ast.Compare(left=left, comparators=comparators):
             terms = [left, *comparators]
+            if all(_is_joint(t, lines) for t in terms[1:-1]):
+                return _parenthesised(node, terms)
             pairs = [
                 ast.unparse(ast.Compare(a, [op], [b])) for a, op, b in zip(terms, node.ops, terms[1:], strict=False)
             ]
@@ -83,6 +86,33 @@ def _explain_truth(filename: str, line: int) -> TraceError:
         _ONE_ANSWER.format("question"),
         "torch.where(condition, a, b) for `if`; &, |, ~ for `and`, `or`, `not`, any and all; torch.maximum for max; "
         "(x == 1) | (x == 4) for `x in (1, 4)`",
+    )
+
+
+def _is_joint(term: ast.expr, lines: list[str]) -> bool:
+    """Whether a term of a chain is an `&` or `|` that was meant to join two comparisons: it has no parentheses."""
+    if not (isinstance(term, ast.BinOp) and isinstance(term.op, (ast.BitAnd, ast.BitOr))):
+        return False
+    before = lines[term.lineno - 1].encode()[: term.col_offset]
+    return not before.rstrip().endswith(b"(")
+
+
+def _parenthesised(node: ast.Compare, terms: list[ast.expr]) -> TraceError:
+    """What to write for `a > b & c > d`, which Python reads as `a > (b & c) > d`."""
+    text, start, signs = "", terms[0], set()
+    for op, term in zip(node.ops, terms[1:], strict=True):
+        end = term.left if isinstance(term, ast.BinOp) and term is not terms[-1] else term
+        text += f"({ast.unparse(ast.Compare(start, [op], [end]))})"
+        if end is not term:
+            assert isinstance(term, ast.BinOp)
+            sign = "&" if isinstance(term.op, ast.BitAnd) else "|"
+            signs.add(f"`{sign}`")
+            text, start = f"{text} {sign} ", term.right
+    return TraceError(
+        f"joins comparisons by {' and '.join(sorted(signs))} without parentheses",
+        f"{' and '.join(sorted(signs))} bind{'s' if len(signs) == 1 else ''} more tightly than comparisons, so that Python "
+        "chains the comparisons.",
+        text,
     )
 
 

@@ -24,6 +24,12 @@ from .recorder import Placeholder, Recorder, Value
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+_INSTEAD = {  # of what is no function, by role and type
+    ("score_mod", "Tensor"): "def score_mod(score, b, h, q_idx, kv_idx): return score + t[b, h, q_idx, kv_idx]",
+    ("mask_mod", "Tensor"): "def mask_mod(b, h, q_idx, kv_idx): return t[b, h, q_idx, kv_idx]",
+    ("score_mod", "BlockMask"): "pass it as block_mask=",
+    ("mask_mod", "BlockMask"): "pass it as block_mask=",
+}
 _SIGNATURES = {
     "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
     "mask_mod": ("b", "h", "q_idx", "kv_idx"),
@@ -154,7 +160,9 @@ def check_arguments(role: str, mod: Any) -> None:
     names = _SIGNATURES[role]
     usage = f"def {role}({', '.join(names)})"
     if not callable(mod):
-        raise TraceError(f"is a {type(mod).__name__}, which cannot be called", f"A {role} is a function.", usage, role)
+        kind = "Tensor" if isinstance(mod, Tensor) else type(mod).__name__
+        fix = _INSTEAD.get((role, kind), usage)
+        raise TraceError(f"is a {type(mod).__name__}, which cannot be called", f"A {role} is a function.", fix, role)
     if isinstance(mod, type):
         raise TraceError(
             f"is the class `{mod.__name__}`", f"A {role} is an instance of it.", f"{mod.__name__}(...)", role

@@ -1,31 +1,24 @@
 """Attention variants in a few lines of Python: traced, differentiated, block-sparse and fused."""
 
-from typing import TYPE_CHECKING
-
-from .command.start import arguments_come_first
-
 __version__ = "0.1.0"
 
-if TYPE_CHECKING or not arguments_come_first():
-    from . import (
-        block_mask_tree,  # noqa: F401, registers block masks as trees
-        flops,  # noqa: F401, registers the FLOP formulas
-        masks,
-        mods,
-    )
-    from .api import AuxOutput, AuxRequest, flex_attention
-    from .block_mask import BlockMask
-    from .codegen.errors import TraceError
-    from .create import create_block_mask, create_mask
-    from .debug import debug_mode
-    from .documents import Documents
-    from .errors import KernelError
-    from .explain import Explanation, explain
-    from .inspection import Inspection, inspect
-    from .masks import and_masks, noop_mask, not_mask, or_masks
-    from .score_plot import plot_mask, plot_scores
-else:  # the command line, which loads all of this where it needs it
-    from .command.start import attribute as __getattr__  # noqa: F401
+from . import (
+    block_mask_tree,  # noqa: F401, registers block masks as trees
+    flops,  # noqa: F401, registers the FLOP formulas
+    masks,
+    mods,
+)
+from .api import AuxOutput, AuxRequest, flex_attention
+from .block_mask import BlockMask
+from .codegen.errors import TraceError
+from .create import create_block_mask, create_mask
+from .debug import debug_mode
+from .documents import Documents
+from .errors import KernelError
+from .explain import Explanation, explain
+from .inspection import Inspection, inspect
+from .masks import and_masks, noop_mask, not_mask, or_masks
+from .score_plot import plot_mask, plot_scores
 
 __all__ = [
     "AuxOutput",

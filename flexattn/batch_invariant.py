@@ -55,6 +55,9 @@ def arranged(
 ) -> Arranged:
     """A validated call with `batch_invariant=documents`, not False, as the operators shall compute it."""
     B, S = query.shape[0], key.shape[2]
+    for name, mod, arguments in (("score_mod", score_mod, "score, b, h"), ("mask_mod", mask_mod, "b, h")):
+        if mod is not None and not callable(mod):
+            raise TypeError(f"{name} is a {type(mod).__name__}; pass a function ({arguments}, q_idx, kv_idx)")
     if isinstance(documents, Documents):
         layout = _layout_of(documents, B)
         rows = documents.seq_idx.shape[0]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flexattn.command.main import main
+from flexattn_command.main import main
 
 MODULE = """
 import torch

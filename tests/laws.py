@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from assertions import assert_within
+from assertions import EPSILON, assert_within, assert_within_budget
 from learned_mods import LearnedMod
 from strategies import FLOATING, Mod, Shape, environment
 from torch import Tensor
@@ -76,23 +76,32 @@ def assert_backend_equals_reference(
     env = environment(dtype if dtype is torch.float64 else torch.float32)
     for name in FLOATING if "ONE_PASS=True" not in options else ():
         env[name].requires_grad_()
-    bound = [None if m is None else m.bind(env) for m in (mod, mask)]
-    assert_right(backend, *bound, shape, dtype, seed, options)
+    bound = tuple(None if m is None else m.bind(env) for m in (mod, mask))
+    assert_right(backend, bound, bound, shape, dtype, seed, options, _slope("" if mod is None else mod.body, shape))
 
 
 def assert_learned_gradients_equal_reference(
     backend: str, case: LearnedMod, shape: Shape, dtype: torch.dtype, seed: int, options: str = ""
 ) -> None:
     """Compare all outputs and gradients of a mod that reads learned tensors with the reference in float64."""
-    assert_right(backend, *case.make(shape, seed).mods, shape, dtype, seed, options)
+    made = case.make(shape, seed)
+    assert_right(backend, made.mods, made.double().mods, shape, dtype, seed, options, _slope(case.body, shape))
+
+
+def _slope(body: str, shape: Shape) -> int:
+    """The largest factor that a captured number has in the scores."""
+    return max(shape.L, shape.S) if "(kv_idx - q_idx)" in body else 1
 
 
 def assert_right(
-    backend: str, mod: Any, mask: Any, shape: Shape, dtype: torch.dtype, seed: int, options: str = ""
+    backend: str, mods: Any, doubled: Any, shape: Shape, dtype: torch.dtype, seed: int, options: str, slope: int
 ) -> None:
-    """Every element of every result is within its budget."""
+    """Every element of every result is within its budget, and no result is worse than plain attention's by a factor.
+
+    `doubled`: the mods with captured tensors in float64, for the truth of the second rule.
+    """
     tensors, seeds = operands(shape, dtype, seed)
-    problem = problem_of(tensors, mod, mask, shape)
+    problem = problem_of(tensors, *mods, shape)
     wide = widened(problem)
     wanted = [i for i, t in enumerate(problem.tensors) if i in wide.leaves and t.requires_grad]
     exact = solve(wide.problem, [(i, wide.leaves[i]) for i in wanted], *seeds)
@@ -103,3 +112,37 @@ def assert_right(
     allowed = budgets(problem, wide, exact, plain, arrive, wanted).allowed
     for name, value in found.items():
         assert_within(name, value, exact[name], allowed[name])
+    truth = problem_of([t.double() for t in tensors], *doubled, shape)
+    exact = solve(truth, [(i, truth.captured[i]) for i in wanted], *seeds)
+    assert_near_plain(found, exact, plain, tensors, seeds[0], shape, slope)
+
+
+def assert_near_plain(
+    found: Results,
+    exact: Results,
+    plain: Results,
+    tensors: list[Tensor],
+    dout: Tensor,
+    shape: Shape,
+    slope: int,
+) -> None:
+    """The largest error of each result is that of plain attention, up to a factor: a rule that knows nothing of elements."""
+    dtype = tensors[0].dtype
+    largest = [t.double().abs().max().item() if t.numel() else 0.0 for t in (*tensors, dout)]
+    scores = largest[0] * largest[1] * shape.E * SCALE
+    # exp turns an absolute error of a score, eps * |score|, into a relative error of a weight.
+    top = exact["max_scores"][torch.isfinite(exact["max_scores"])]
+    condition = 1 + (top.abs().max().item() if top.numel() else 0.0)
+    cancelling = condition * largest[3] * largest[2] * shape.Ev * max(largest[0], largest[1]) * SCALE
+    for name, value in found.items():
+        magnitude = {"out": condition * largest[2], "lse": scores, "max_scores": scores}.get(name, cancelling)
+        if name.startswith("d captured"):  # a sum over elements whose roundings are independent
+            magnitude *= (shape.B * shape.H * shape.L * shape.S) ** 0.5 * slope
+        stored = dtype if name.startswith("d") else value.dtype
+        if (
+            name.startswith("d captured")
+            and EPSILON[value.dtype] * exact[name].abs().max() > EPSILON[stored] * magnitude
+        ):
+            stored, magnitude = value.dtype, 0.0  # the rounding of the result itself is what counts
+        terms = max(shape.L, shape.S, shape.E)
+        assert_within_budget(value, exact[name], plain[name], name, stored, magnitude, terms=terms)

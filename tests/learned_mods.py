@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -73,6 +73,11 @@ class Made:
         mask = None if self.case.mask is None else Mod("b, h, q_idx, kv_idx", self.case.mask)
         score = Mod("score, b, h, q_idx, kv_idx", self.case.body)
         return score.bind(self.environment), None if mask is None else mask.bind(self.environment)
+
+    def double(self) -> Made:
+        """The same in float64."""
+        double = {t.name: self.environment[t.name].detach().double().requires_grad_() for t in self.case.tensors}
+        return replace(self, environment={**self.environment, **double})
 
 
 @dataclass(frozen=True)

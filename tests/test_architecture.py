@@ -28,6 +28,7 @@ INSTALLED = {
     "flexattn": "flexattn",
     "codegen": "flexattn.codegen",
     "templates": "flexattn.templates",
+    "command": "flexattn_command",
     "plugins": "flexattn_plugins",
 }
 SOURCES = sorted(path.relative_to(ROOT) for folder in INSTALLED for path in (ROOT / folder).rglob("*.py"))
@@ -68,27 +69,31 @@ def refused(source: str, path: Path) -> list[str]:
         "flexattn": ("flexattn", "torch", "triton", "importlib"),
         "codegen": ("flexattn.codegen", "torch", "triton", "sympy"),
         "templates": ("flexattn.templates", "triton"),
+        "command": ("flexattn_command", "flexattn", "torch", "importlib"),
         "plugins": ("pytest", "flexattn.testing", "torch"),
     }[path.parts[0]]
     if path == Path("codegen/ir.py"):
         allowed = ()
     if path.parts[:2] == ("flexattn", "testing"):
         allowed = (*allowed, "hypothesis")
+    if path == Path("flexattn/__main__.py"):
+        allowed = ("flexattn_command",)
     if path == Path("codegen/private.py"):
         allowed = (*allowed, "importlib")  # of torch's own modules, by their names
     return [name for name in imports(source, path) if not standard(name) and not within(name, *allowed)]
 
 
 def absolute_to_own_package(source: str, path: Path) -> list[int]:
-    """Lines of codegen and templates that name flexattn where a relative import belongs."""
-    if path.parts[0] in ("flexattn", "plugins"):
+    """Lines that name the package the folder is installed in, where a relative import belongs; flexattn itself may."""
+    if path.parts[0] == "flexattn":
         return []
+    own = INSTALLED[path.parts[0]].split(".")[0]
     nodes = ast.walk(ast.parse(source))
     return [
         node.lineno
         for node in nodes
-        if (isinstance(node, ast.Import) and any(within(alias.name, "flexattn") for alias in node.names))
-        or (isinstance(node, ast.ImportFrom) and not node.level and within(node.module or "", "flexattn"))
+        if (isinstance(node, ast.Import) and any(within(alias.name, own) for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and not node.level and within(node.module or "", own))
     ]
 
 
@@ -137,6 +142,10 @@ def test_imports_run_one_way(path: Path) -> None:
         ("flexattn/api.py", "import hypothesis", "hypothesis"),
         ("flexattn/testing/leaks.py", "import pytest", "pytest"),
         ("plugins/pytest_plugin.py", "import flexattn.api", "flexattn.api"),
+        ("flexattn/api.py", "import flexattn_command.main", "flexattn_command.main"),
+        ("flexattn/__main__.py", "from .api import flex_attention", "flexattn.api.flex_attention"),
+        ("command/info.py", "import triton", "triton"),
+        ("command/check.py", "import flexattn_plugins", "flexattn_plugins"),
     ],
 )
 def test_a_forbidden_import_is_seen(path: str, line: str, name: str) -> None:
@@ -146,6 +155,8 @@ def test_a_forbidden_import_is_seen(path: str, line: str, name: str) -> None:
 def test_an_absolute_import_of_the_own_package_is_seen() -> None:
     assert absolute_to_own_package("from flexattn.codegen.ir import Node", Path("codegen/trace.py")) == [1]
     assert absolute_to_own_package("import math\nimport flexattn.codegen", Path("codegen/trace.py")) == [2]
+    assert absolute_to_own_package("from flexattn_command import main", Path("command/info.py")) == [1]
+    assert absolute_to_own_package("from flexattn.masks import causal_mask", Path("command/info.py")) == []
 
 
 def test_every_module_can_be_imported() -> None:

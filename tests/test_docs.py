@@ -21,6 +21,7 @@ import torch.nn.attention.flex_attention as theirs
 
 import flexattn
 import flexattn.codegen
+import flexattn_command
 from flexattn import masks
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODULES = sorted(
     module.name
-    for package in (flexattn, flexattn.codegen)
+    for package in (flexattn, flexattn.codegen, flexattn_command)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
 )
 

@@ -44,7 +44,12 @@ def check_ids(what: str, value: Any) -> None:
     if isinstance(value, Tensor) and value.dtype is torch.bool:
         raise ValueError(f"{what} is {described(value)}; it must hold integers: write {what}.to(torch.int32)")
     if not isinstance(value, Tensor) or value.dim() not in (1, 2) or not holds_integers(value):
-        raise ValueError(f"{what} must be an integer tensor [S] or [B, S]; got {described(value)}")
+        if isinstance(value, (list, tuple)):
+            few = f"{value!r:.40}" + ("..." if len(repr(value)) > 40 else "")
+            raise ValueError(f"{what} must be an integer tensor [S] or [B, S]; got {few}: write torch.tensor({what})")
+        raise ValueError(
+            f"{what} must be an integer tensor [S] or [B, S], an id for each position; got {described(value)}"
+        )
 
 
 def check_same_dims(what: str, value: Tensor, other: str, reference: Tensor) -> None:

@@ -110,10 +110,12 @@ class Case:
     def check_indices(self, sizes: Sizes) -> None:
         """Raise `ValueError` where an attended element reads beyond a captured tensor: the kernel would read its border."""
         problem = self.problem(self.operands(sizes), self.masked(sizes))
+        origin = Origin(self.score_mod, self.mask_mod, problem.tensors)
         try:
-            check_indices(problem, Origin(self.score_mod, self.mask_mod, problem.tensors))
+            check_indices(problem, origin)
         except IndexError as error:
-            shapes = ", ".join(f"c{i} {tuple(t.shape)}" for i, t in enumerate(problem.tensors))
+            names = origin.names(problem)
+            shapes = ", ".join(f"{names.get(f'c{i}', f'c{i}')} {tuple(t.shape)}" for i, t in enumerate(problem.tensors))
             raise ValueError(
                 f"{error}. The captured tensors have shapes {shapes}, the problem is {sizes}. Pass shape=Sizes(...) that they "
                 "are made for, or larger tensors"
@@ -162,8 +164,8 @@ class Case:
         if self.normalizer is not None:
             if "lse" not in found:
                 raise TypeError("normalizer needs the lse: let attention return (out, lse)")
-            found["normalized"] = self.normalizer(found["out"], found["lse"])
-            outputs = [found["normalized"]]
+            outputs = [_new_output(self.normalizer(found["out"], found["lse"]), operands)]
+            found["normalized"] = outputs[0]
         elif "lse" in found:
             outputs, seeds = [found["out"], found["lse"]], [operands.dout, operands.dlse]
         if outputs[0].requires_grad:
@@ -276,6 +278,21 @@ def _outputs(made: Any) -> Results:
     if isinstance(made, tuple) and len(made) == 2 and all(isinstance(t, Tensor) for t in made):
         return {"out": made[0], "lse": made[1]}
     raise TypeError(f"attention returned a {type(made).__name__}; it must return out, or (out, lse)")
+
+
+def _new_output(made: Any, operands: Operands) -> Tensor:
+    """What `normalizer` returned, if it is an output."""
+    if not isinstance(made, Tensor):
+        raise TypeError(
+            f"normalizer returned a {type(made).__name__}; it must return a new out, of out [B, Hq, L, Ev] and lse"
+        )
+    wanted = tuple(operands.dout.shape)
+    if tuple(made.shape) != wanted:
+        raise ValueError(
+            f"normalizer returned a tensor of shape {tuple(made.shape)}; out has {wanted}, lse {wanted[:3]}, so what is "
+            "computed of lse is multiplied as x[..., None]"
+        )
+    return made
 
 
 def _check_shapes(found: Results, operands: Operands) -> None:

@@ -15,7 +15,7 @@ from ..codegen.trace import describe
 from ..mask_cache import cached_block_mask
 from ..operands import split
 from .case import Case
-from .sizes import Sizes
+from .sizes import Sizes, checked_sizes
 from .verdict import AXES
 from .wide import widened
 
@@ -87,7 +87,7 @@ def gradcheck(
         >>> print(gradcheck(softcap, entries=4))
         21 derivatives agree with finite differences
     """
-    sizes = SMALL if shape is None else Sizes(*shape)
+    sizes = checked_sizes(SMALL if shape is None else shape)
     sizes.check()
     where = torch.device(device)
     case = Case(score_mod, mask_mod, None, torch.float64, where, "tiled", None, scale, None, normalizer, seed, None)

@@ -14,7 +14,7 @@ from .. import validate
 from ..block_mask import BlockMask
 from ..codegen.trace import describe
 from .case import Case, Outcome
-from .sizes import Sizes
+from .sizes import Sizes, checked_sizes
 from .smallest import smallest
 from .verdict import Excess
 
@@ -93,8 +93,7 @@ def assert_matches_reference(
         shape = Sizes() if attention is None else Sizes(Hkv=Sizes().Hq)
         if block_mask is not None:
             shape = shape._replace(L=block_mask.seq_lengths[0], S=block_mask.seq_lengths[1])
-    shape = Sizes(*shape)
-    shape.check()
+    shape = checked_sizes(shape)
     if dtype not in validate.DTYPES:
         raise ValueError(f"dtype is {dtype}; use one of {', '.join(str(d)[6:] for d in validate.DTYPES)}")
     if attention is not None and (kernel_options is not None or backend != "auto"):

@@ -33,6 +33,19 @@ class Sizes(NamedTuple):
             )
 
 
+def checked_sizes(shape: Sizes) -> Sizes:
+    """The sizes, if they are those of an attention problem.
+
+    Raises:
+        TypeError: a plain number or tuple, whose numbers other checks would read as lengths of a mask.
+        ValueError: sizes that do not fit together.
+    """
+    if not isinstance(shape, Sizes):
+        raise TypeError(f"shape is {shape!r}; write Sizes(B=1, L=64, S=64), which has a default for what is left out")
+    shape.check()
+    return shape
+
+
 def mask_shape(shape: int | tuple[int, ...]) -> tuple[int, int, int, int]:
     """(B, H, Q_LEN, KV_LEN) of a length, of (Q_LEN, KV_LEN), or of all four. Raises `ValueError` for anything else.
 

@@ -15,7 +15,7 @@ def smallest(sizes: Sizes, fails: Callable[[Sizes], bool], least: Sizes | None =
     """Sizes at which `fails` is true and from which none of B, Hq, Hkv, L, S, E, Ev could be made smaller alone.
 
     `fails` is true of `sizes`. Each size is reduced by half of itself, then by smaller and smaller steps down to one; groups of
-    heads stay whole, and L and S, or E and Ev, are reduced together first where they are equal: an implementation may need that.
+    heads stay whole. L and S, or E and Ev, are reduced together first where they are equal: an implementation may need that.
     `least` are the sizes to stop at, by default 1. Stops after `TRIES` calls or `SECONDS`, with what it has.
 
     Example:

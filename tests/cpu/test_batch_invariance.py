@@ -336,6 +336,7 @@ LONGER = torch.randn(2, 2, 9, 16)
         ({"batch_invariant": Documents(torch.zeros(8, dtype=torch.int32, device="meta"))}, ValueError, "documents.to('cpu')"),
         ({"batch_invariant": True, "kernel_options": {"AUTOTUNE": True}}, ValueError, "depends on the batch that was timed"),
         ({"batch_invariant": True, "kernel_options": {"ONE_PASS": True}}, ValueError, "by atomics"),
+        ({"batch_invariant": True, "mask_mod": 5}, TypeError, "mask_mod is a int; pass a function (b, h, q_idx, kv_idx)"),
         ({"kernel_options": {"fwd_BATCH_INVARIANT": True}}, ValueError, "write 'BATCH_INVARIANT'"),
     ],
 )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 from command_runs import MODULE, Runner, runner
 
 import flexattn
-from flexattn.command import failures, main, output, shapes, start
+from flexattn_command import failures, main, output, shapes
 
 BRANCH = MODULE.splitlines().index("    if q_idx > kv_idx:") + 1
 
@@ -197,7 +196,7 @@ def process(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 SCRIPT = (
-    "import sys; sys.argv = ['bin/flexattn', *sys.argv[1:]]; from flexattn.command.main import main; sys.exit(main())"
+    "import sys; sys.argv = ['bin/flexattn', *sys.argv[1:]]; from flexattn_command.main import main; sys.exit(main())"
 )
 
 
@@ -207,14 +206,16 @@ SCRIPT = (
     ids=str,
 )
 def test_help_and_mistakes_do_not_wait_for_pytorch(words: tuple[str, ...], code: int) -> None:
-    for way in (("-m", "flexattn"), ("-c", SCRIPT)):
-        ran = process("-X", "importtime", *way, *words)
-        assert ran.returncode == code, ran.stderr[-2000:]
-        imported = {
-            line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")
-        }
-        assert "flexattn.command.main" in imported
-        assert not imported & {"torch", "triton", "sympy", "numpy"}
+    ran = process("-X", "importtime", "-c", SCRIPT, *words)
+    assert ran.returncode == code, ran.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")}
+    assert "flexattn_command.main" in imported
+    assert not imported & {"flexattn", "torch", "triton", "sympy", "numpy"}
+
+
+def test_the_module_is_the_command() -> None:
+    ran = process("-m", "flexattn", "shwo")
+    assert ran.returncode == 2 and "did you mean `flexattn show`?" in ran.stderr, ran.stderr[-2000:]
 
 
 def test_a_command_loads_the_package_and_says_how_it_went() -> None:
@@ -234,35 +235,13 @@ def test_a_program_of_that_name_has_the_whole_package() -> None:
     named = "import sys; sys.argv = ['somewhere/flexattn']; import flexattn; "
     ran = process("-c", named + "print(flexattn.flex_attention.__name__, flexattn.masks)")
     assert ran.returncode == 0 and ran.stdout.startswith("flex_attention <module 'flexattn.masks'"), ran.stderr[-2000:]
-    absent = "import sys; sys.argv = ['somewhere/flexattn']; import flexattn; flexattn.no_such_name"
-    assert "module 'flexattn' has no attribute 'no_such_name'" in process("-c", absent).stderr
-
-
-def test_only_the_command_reads_its_arguments_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "_loaded", False)
-    for argv, words, first in (
-        (["/usr/bin/flexattn", "show"], [], True),
-        (["C:\\bin\\flexattn.exe"] if os.name == "nt" else ["bin/flexattn"], [], True),
-        (["-m", "show"], ["python", "-m", "flexattn", "show"], True),
-        (["-m"], ["python", "-X", "dev", "-m", "flexattn"], True),
-        (["-m"], ["python", "-m", "pytest", "flexattn"], False),
-        (["-c"], ["python", "-c", "pass"], False),
-        (["train.py", "flexattn"], [], False),
-        ([], [], False),
-    ):
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(sys, "orig_argv", words)
-        assert start.arguments_come_first() is first, argv
-    monkeypatch.setattr(start, "_loaded", True)
-    monkeypatch.setattr(sys, "argv", ["flexattn"])
-    assert not start.arguments_come_first()
 
 
 def test_the_entry_point_is_there() -> None:
     module = importlib.import_module("flexattn.__main__")
     assert module.main is main.main
     points = importlib.import_module("importlib.metadata").entry_points(group="console_scripts", name="flexattn")
-    assert [p.value for p in points] == ["flexattn.command.main:main"]
+    assert [p.value for p in points] == ["flexattn_command.main:main"]
 
 
 # ---- output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from command_runs import Runner, runner
 import flexattn
 from flexattn.codegen import derivative, pipeline
 from flexattn.codegen.ir import Op
-from flexattn.command import checks, contenders, times
-from flexattn.command.contenders import Problem
-from flexattn.command.output import Output
-from flexattn.command.pairs import Pair
+from flexattn_command import checks, contenders, times
+from flexattn_command.contenders import Problem
+from flexattn_command.output import Output
+from flexattn_command.pairs import Pair
 
 MODULE = """
 import torch
@@ -24,6 +25,13 @@ slopes = torch.tensor([0.5, 0.25, 0.125], requires_grad=True)
 ids = torch.tensor([0, 0, 0, 1, 1])
 packed = flexattn.Documents.from_lengths([3, 2])
 halves = torch.tensor([0.5])
+mixed = torch.tensor([[0, 1, 1, 2] * 40, [0] * 90 + [1] * 70])
+padded = torch.tensor([-1] * 7 + [5] * 80 + [-1] * 9 + [1] * 64)
+bias = torch.randn(2, 4, 160, generator=torch.Generator().manual_seed(0))
+
+
+def placed(score, b, h, q_idx, kv_idx):
+    return score + bias[b, h, kv_idx] * bias[b, h, q_idx]
 
 
 def alibi(score, b, h, q_idx, kv_idx):
@@ -105,6 +113,32 @@ def test_documents_are_kept_apart_or_not(run: Runner) -> None:
         ran = run("check", "causal_mask", "--documents", documents, "--head-dim", "8", "--json")
         (leaks,) = (c for c in ran.document["checks"] if c["name"] == "leaks")
         assert ran.code == 1 and leaks["outcome"] == "failed" and "q_idx=3, kv_idx=0" in leaks["error"], documents
+
+
+@pytest.mark.parametrize("documents", ["tried:mixed", "tried:padded"])
+def test_documents_get_the_same_bits_in_any_packing(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, documents: str
+) -> None:
+    """Mods that read a tensor for each token, in documents that are no runs, in two rows, or with padding between."""
+    words = ("check", "tried:placed", "--mask", f"document_mask({documents})", "--documents", documents)
+    words = (*words, "--head-dim", "8", "--device", "cpu")
+    assert outcomes(run.json(*words))["invariance"] == "passed"
+    without = functools.partial(checks.assert_batch_invariant, batch_invariant=False)
+    monkeypatch.setattr(checks, "assert_batch_invariant", without)
+    found = run.json(*words)
+    (failed,) = (c for c in found["checks"] if c["outcome"] == "failed")
+    assert failed["name"] == "invariance" and "when it is packed" in failed["error"]
+
+
+def test_without_documents_no_packing_is_tried(run: Runner) -> None:
+    assert outcomes(run.json("check", "causal_mask", *SMALL))["invariance"] == "not run"
+
+
+def test_leaks_are_looked_for_on_the_device(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(checks, "assert_no_leak", lambda *_, device, **options: asked.append(device))
+    run("check", "causal_mask", "--documents", "3,2", "--head-dim", "8", "--device", "cpu")
+    assert asked == ["cpu"]
 
 
 def test_a_mod_that_cannot_be_traced_fails_and_ends_the_rest(run: Runner) -> None:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import flexattn
 from flexattn import masks, mods
-from flexattn.command import build, notation
-from flexattn.command.failures import Mistake
-from flexattn.command.notation import NotationError, parse
+from flexattn_command import build, notation
+from flexattn_command.failures import Mistake
+from flexattn_command.notation import NotationError, parse
 
 MODULE = """
 import torch

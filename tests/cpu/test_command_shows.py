@@ -13,9 +13,9 @@ from command_runs import MODULE, Runner, runner
 
 import flexattn
 from flexattn import tuning_cache
-from flexattn.command import info
-from flexattn.command.explain import SECTIONS
 from flexattn.explain import Explanation
+from flexattn_command import info
+from flexattn_command.explain import SECTIONS
 
 
 @pytest.fixture

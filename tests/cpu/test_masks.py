@@ -253,7 +253,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: masks.streaming(4, 0), "size must be an int, 1 or more"),
     (lambda: masks.chunked(0), "at least one position"),
     (lambda: masks.document_mask(torch.rand(4)), r"document_ids must be an integer tensor \[S\] or \[B, S\]"),
-    (lambda: masks.document_mask([0, 0, 1]), r"document_ids must be an integer tensor .* got \[0, 0, 1\]"),  # type: ignore[arg-type]
+    (lambda: masks.document_mask([0, 0, 1]), r"must be an integer tensor .* got \[0, 0, 1\]: write torch.tensor\("),  # type: ignore[arg-type]
     (lambda: masks.document_mask(ids.bool()), r"write document_ids.to\(torch.int32\)"),
     (lambda: masks.document_mask(ids, ids.view(1, 3)), "both without, .*kv_document_ids.expand"),
     (lambda: masks.document_mask(ids.expand(2, -1), ids.expand(3, -1)), "give both with the same batch"),

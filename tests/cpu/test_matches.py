@@ -10,7 +10,7 @@ from torch import Tensor
 
 import flexattn
 from flexattn import create_block_mask, flex_attention, masks
-from flexattn.testing import Sizes, assert_matches_reference
+from flexattn.testing import Sizes, assert_matches_reference, gradcheck
 from flexattn.testing.smallest import smallest
 from flexattn.testing.verdict import excess
 
@@ -139,9 +139,25 @@ def test_an_attention_that_returns_something_else() -> None:
         assert_matches_reference(attention=_plain, normalizer=sink, shape=SMALL._replace(Hkv=4))
 
 
+@pytest.mark.parametrize("check", [assert_matches_reference, gradcheck])
+@pytest.mark.parametrize("shape", [64, (2, 4, 4, 16)])
+def test_a_shape_that_is_not_sizes(check: Any, shape: Any) -> None:
+    with pytest.raises(TypeError, match=r"shape is .*; write Sizes\(B=1, L=64, S=64\)"):
+        check(lambda score, b, h, q_idx, kv_idx: 2 * score, shape=shape)
+
+
+def test_a_normalizer_that_returns_something_else() -> None:
+    with pytest.raises(TypeError, match="normalizer returned a NoneType; it must return a new out"):
+        assert_matches_reference(normalizer=lambda out, lse: None, shape=SMALL)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 33\); out has .* as x\[..., None\]"):
+        assert_matches_reference(normalizer=lambda out, lse: out.sum(-1), shape=SMALL._replace(L=33))
+
+
 def test_a_captured_tensor_that_is_too_short_is_named() -> None:
     short = torch.zeros(30)
-    with pytest.raises(ValueError, match=r"(?s)index 30 is out of range .* have shapes c0 \(30,\).*Pass shape=Sizes"):
+    with pytest.raises(
+        ValueError, match=r"(?s)index 30 is out of range .* have shapes short \(30,\).*Pass shape=Sizes"
+    ):
         assert_matches_reference(lambda score, b, h, q_idx, kv_idx: score + short[q_idx], shape=SMALL)
 
 

@@ -274,6 +274,9 @@ def test_an_error_in_a_helper_names_the_helpers_line() -> None:
         (lambda b, h, q, k: q >= k or q > 3, "mask_mod", "uses `or`", "(q >= k) | (q > 3)"),
         (lambda b, h, q, k: not q >= k, "mask_mod", "uses `not`", "~(q >= k)"),
         (lambda b, h, q, k: 0 <= q - k < 5, "mask_mod", "chains comparisons", "(0 <= q - k) & (q - k < 5)"),
+        (lambda b, h, q, k: 0 <= (q & k) < 5, "mask_mod", "chains comparisons", "(0 <= q & k) & (q & k < 5)"),
+        (lambda b, h, q, k: q >= k & q - k < 5, "mask_mod", "by `&` without", "(q >= k) & (q - k < 5)"),
+        (lambda b, h, q, k: q > k | k < 5 & h > 1, "mask_mod", "`|` without", "(q > k) | (k < 5) & (h > 1)"),
         (lambda b, h, q, k: max(q, k) < 5, "mask_mod", "builtin `max`", "torch.maximum(q, k)"),
         (lambda b, h, q, k: min(q - k, 8) < 5, "mask_mod", "builtin `min`", "(q - k).clamp(max=8)"),
         (lambda b, h, q, k: max(-1, q) < 5, "mask_mod", "builtin `max`", "q.clamp(min=-1)"),
@@ -351,7 +354,8 @@ def test_an_error_in_a_helper_names_the_helpers_line() -> None:
         (lambda s, b, h, q: s, "score_mod", "takes 4 arguments", "pass it as mask_mod="),
         (lambda b, h, q, k, s: s, "mask_mod", "takes 5 arguments", "pass it as score_mod="),
         (lambda q, k: q > k, "mask_mod", "takes 2 arguments", "def mask_mod(b, h, q_idx, kv_idx)"),
-        (torch.ones(3), "mask_mod", "is a Tensor, which cannot be called", "def mask_mod"),
+        (torch.ones(3), "mask_mod", "is a Tensor, which cannot be called", "return t[b, h, q_idx, kv_idx]"),
+        (torch.ones(3), "score_mod", "is a Tensor, which cannot be called", "return score + t[b, h, q_idx, kv_idx]"),
     ],
 )
 def test_an_error_says_what_and_what_instead(mod: Any, role: str, what: str, instead: str) -> None:

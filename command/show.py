@@ -12,7 +12,7 @@ from .output import Output, table, width
 from .shapes import add_shape, chosen, index, positive
 
 if TYPE_CHECKING:
-    from ..block_mask import BlockMask
+    from flexattn.block_mask import BlockMask
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +28,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Print the mask."""
-    from ..explain import explain_mask
-    from ..mask_algebra import whole_mask_mod
-    from ..mask_object import name_of
+    from flexattn.explain import explain_mask
+    from flexattn.mask_algebra import whole_mask_mod
+    from flexattn.mask_object import name_of
+
     from . import build, pictures
     from .block_masks import block_mask
 

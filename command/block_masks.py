@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..block_mask import BlockMask
-from ..create import create_block_mask
+from flexattn.block_mask import BlockMask
+from flexattn.create import create_block_mask
+
 from .build import Subject, read_sizes
 from .failures import Mistake, reading
 from .shapes import DEFAULT_LENGTH, Shape

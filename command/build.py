@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import masks, mods
-from ..block_mask import BlockMask
-from ..codegen.ir import Op, walk
-from ..codegen.pipeline import variant
-from ..codegen.trace import positional_count, trace
-from ..documents import Documents
-from ..mask_algebra import whole_mask_mod
+from flexattn import masks, mods
+from flexattn.block_mask import BlockMask
+from flexattn.codegen.ir import Op, walk
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import positional_count, trace
+from flexattn.documents import Documents
+from flexattn.mask_algebra import whole_mask_mod
+
 from .failures import Failure, Mistake, told
 from .imported import imported
 from .notation import Call, Combined, Literal, Name, Notation, NotationError, Reference, Tree

@@ -36,8 +36,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Print the explanation, or some of its sections."""
     import torch
 
-    from .. import explain as explained
-    from ..codegen.trace import describe
+    from flexattn import explain as explained
+    from flexattn.codegen.trace import describe
+
     from .pairs import pair
 
     if arguments.target is not None:
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _check_target(name: str) -> None:
     """Raise for a GPU that is not known, and where nothing can be compiled."""
     try:
-        from ..backends.target import interpreted, named
+        from flexattn.backends.target import interpreted, named
     except ImportError as error:
         raise Unavailable(f"--target needs Triton, which is not installed: {error}") from error
     try:

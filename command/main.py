@@ -8,17 +8,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib.metadata
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from .. import __version__
 from . import bench, cache, check, diff, explain, info, show
 from .failures import EXIT_CODES, FINE, INTERNAL, INTERRUPTED, MISTAKE, Failure, Mistake, told
 from .options import Command, Parser
 from .output import Output
-from .start import load_package
 
 COMMANDS: dict[str, Command] = {
     c.name: c for c in (m.COMMAND for m in (info, show, diff, explain, check, bench, cache))
@@ -29,13 +28,14 @@ _REFUSALS = ("TraceError", "KernelError")  # of the user's mod; others are mista
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
+    version = importlib.metadata.version("flexattn")  # that of the package would load PyTorch
     codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
     made = Parser(
         prog="flexattn",
         description="Look at masks and mods of attention, compare, test and time them.",
         epilog=f"exit codes:\n{codes}\n\n--json writes one JSON document on stdout; all else goes to stderr.",
     )
-    made.add_argument("--version", action="version", version=f"flexattn {__version__}")
+    made.add_argument("--version", action="version", version=f"flexattn {version}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
     for command in COMMANDS.values():
         own = commands.add_parser(
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see `flexattn --help`. Nothing is raised but for a mistake of Python's own.
 
     Example:
-        >>> from flexattn.command.main import main
+        >>> from flexattn_command.main import main
         >>> main(["explain", "sliding_window(64)", "--section", "blocks"])
         keys of a query: kv_idx >= q_idx - 63 and kv_idx <= q_idx
         0
@@ -96,7 +96,6 @@ def _run(words: list[str], name: str, output: Output) -> int:
     if not name:
         parser().print_help(sys.stderr)
         return MISTAKE
-    load_package()
     # What the user's own modules print must not get between the document and its reader.
     with contextlib.redirect_stdout(sys.stderr) if output.as_json else contextlib.nullcontext():
         return COMMANDS[name].run(arguments, output)

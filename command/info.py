@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def facts() -> dict[str, Any]:
     """The document of `info --json`, less its first keys."""
-    from .. import __version__, tuning_cache
+    from flexattn import __version__, tuning_cache
 
     versions = {"flexattn": __version__, "python": platform.python_version()} | {n: _version(n) for n in REQUIRED}
     return {
@@ -113,7 +113,7 @@ def _backend() -> dict[str, str]:
     """What backend="auto" takes for tensors on the current device, and why."""
     import torch
 
-    from .. import validate
+    from flexattn import validate
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     sample = torch.empty(1, 1, 1, 64, device=device, dtype=torch.float32)
@@ -132,7 +132,7 @@ def _interpreted() -> bool:
         return False
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("numpy") is None:
         return False
-    from ..backends.target import interpreted
+    from flexattn.backends.target import interpreted
 
     return interpreted()
 

@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..codegen.trace import trace
-from ..masks import noop_mask
-from ..testing import Sizes, assert_causal, assert_matches_reference, assert_no_leak, gradcheck
-from ..testing.laws import LawNotRun, check_laws
+from flexattn.codegen.trace import trace
+from flexattn.documents import Documents
+from flexattn.masks import noop_mask
+from flexattn.testing import (
+    Sizes,
+    assert_batch_invariant,
+    assert_causal,
+    assert_matches_reference,
+    assert_no_leak,
+    gradcheck,
+)
+from flexattn.testing.laws import LawNotRun, check_laws
+
 from .pairs import Pair
 
 _SMALL = Sizes(2, 64, 64, 20, 24, 8, 8)  # of finite differences, which take a run for each entry that is moved
@@ -140,13 +149,50 @@ def _leaks(case: Case) -> None:
         kv_heads=sizes.Hkv,
         head_dim=sizes.E,
         dtype=case.dtype,
+        device=case.device,
         backend=case.backend,
     )
+
+
+def _invariance(case: Case) -> None:
+    assert case.documents is not None
+    rows = case.documents.expand(1, -1) if case.documents.dim() == 1 else case.documents
+    for row, ids in enumerate(rows):
+        order = torch.argsort(ids, stable=True)
+        order = order[ids[order] >= 0]  # the tokens by document, less padding
+        lengths = torch.unique_consecutive(ids[order], return_counts=True)[1].tolist()
+        if lengths:
+            assert_batch_invariant(
+                documents=Documents.from_lengths(lengths),
+                mods=_moved(case.mods, row, order.to(torch.int32)),
+                shape=case.sizes,
+                dtype=case.dtype,
+                device=case.device,
+                backend=case.backend,
+            )
+
+
+def _moved(pair: Pair, row: int, order: Tensor) -> Callable[[Tensor], tuple[Any, Any]]:
+    """The mods of any packing of a row. To them each token stands where it was given: what they read may be for that place."""
+
+    def mods(tokens: Tensor) -> tuple[Any, Any]:
+        places = order[tokens.clamp(min=0)]  # where another document is inserted, any place will do
+        score_mod, mask_mod = pair.score_mod, pair.mask_mod
+        return (
+            score_mod and (lambda score, b, h, q, kv: score_mod(score, 0 * b + row, h, places[q], places[kv])),
+            mask_mod and (lambda b, h, q, kv: mask_mod(0 * b + row, h, places[q], places[kv])),
+        )
+
+    return mods
 
 
 def _causal(case: Case) -> None:
     sizes = case.sizes
     assert_causal(_mask(case), (sizes.B, sizes.Hq, sizes.L, sizes.S), device=case.device)
+
+
+def _no_documents(case: Case) -> str:
+    return "" if case.documents is not None else "no documents were given: --documents 60,40,60"
 
 
 CHECKS = (
@@ -165,7 +211,13 @@ CHECKS = (
         "leaks",
         "no document sees another one, in outputs and gradients, bit for bit",
         _leaks,
-        lambda case: "" if case.documents is not None else "no documents were given: --documents 60,40,60",
+        _no_documents,
+    ),
+    Check(
+        "invariance",
+        "with batch_invariant=documents, each document gets the same bits alone, in any packing and in any batch",
+        _invariance,
+        _no_documents,
     ),
     Check(
         "causal",

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..block_mask import BlockMask
-from ..block_mask_cells import gathered_blocks
-from ..create import create_mask
-from ..mask_algebra import whole_mask_mod
+from flexattn.block_mask import BlockMask
+from flexattn.block_mask_cells import gathered_blocks
+from flexattn.create import create_mask
+from flexattn.mask_algebra import whole_mask_mod
 
 FULL, PARTIAL, EMPTY = "█", "▒", "·"
 ROWS = 32  # of a picture, at most

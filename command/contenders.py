@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as peer
 
-from ..api import flex_attention
-from ..backends.tiled import additive_bias
-from ..block_mask import BlockMask
-from ..codegen.pipeline import variant
-from ..codegen.trace import trace
-from ..create import create_block_mask, create_mask
+from flexattn.api import flex_attention
+from flexattn.backends.tiled import additive_bias
+from flexattn.block_mask import BlockMask
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import trace
+from flexattn.create import create_block_mask, create_mask
+
 from .failures import reading
 from .pairs import Pair
 

@@ -21,7 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Print the difference."""
-    from ..testing import mask_diff
+    from flexattn.testing import mask_diff
+
     from . import build
     from .block_masks import mask_shape
 

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _list(output: Output) -> int:
-    from .. import tuning_cache
+    from flexattn import tuning_cache
 
     found, folder = tuning_cache.entries(), str(tuning_cache.folder())
     output.document({"folder": folder, "entries": found})
@@ -42,7 +42,7 @@ def _list(output: Output) -> int:
 
 
 def _clear(yes: bool, output: Output) -> int:
-    from .. import tuning_cache
+    from flexattn import tuning_cache
 
     count, folder = len(tuning_cache.entries()), str(tuning_cache.folder())
     if count and not yes:

@@ -17,7 +17,8 @@ from .shapes import add_shape, chosen, positive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..testing import Sizes
+    from flexattn.testing import Sizes
+
     from .checks import Outcome
     from .pairs import Pair
 
@@ -36,7 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--documents",
         type=documents,
         metavar="LENGTHS",
-        help="no document may see another one: lengths such as 60,40,60, or MODULE:NAME of ids or of a Documents",
+        help="no document may see another one, and with batch_invariant= each gets the same bits in any packing: lengths such "
+        "as 60,40,60, or MODULE:NAME of ids or of a Documents",
     )
     parser.add_argument("--causal", action="store_true", help="no query may see a later key")
 
@@ -116,7 +118,8 @@ def _ids(given: Any) -> Tensor:
     """[S] or [B, S] int32 ids, of lengths or of what a notation names."""
     import torch
 
-    from ..documents import Documents
+    from flexattn.documents import Documents
+
     from .build import value
 
     if isinstance(given, list):
@@ -136,7 +139,8 @@ def _ids(given: Any) -> Tensor:
 
 def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Sizes:
     """The problem: as said, else of what the mods and the documents are made for, else that of `Sizes`."""
-    from ..testing import Sizes
+    from flexattn.testing import Sizes
+
     from .build import read_sizes
 
     usual = Sizes()
@@ -174,7 +178,7 @@ def _check_backend(backend: str, dtype: Any, head_dim: int, device: str) -> None
     """Raise for the fused kernels where there are none."""
     import torch
 
-    from .. import validate
+    from flexattn import validate
 
     if backend == "triton":
         sample = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)

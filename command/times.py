@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.timer import Timer, event_timer
+from flexattn.backends.timer import Timer, event_timer
+
 from .contenders import CONTENDERS, OURS, Attend, NotRun, Problem
 from .failures import reading, told
 from .output import Output

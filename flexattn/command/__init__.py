@@ -1,1 +1,0 @@
-"""The command line: `flexattn`, or `python -m flexattn`."""

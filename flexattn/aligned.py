@@ -120,6 +120,12 @@ def for_batch(layout: Aligned, B: int) -> Aligned:
 # ---- tokens there and back
 
 
+def copied_both_ways(tokens: Tensor) -> Tensor:
+    """A copy of tokens [B, H, S, ...] whose gradient is a copy too: both with the strides and the alignment of new tensors."""
+    every = torch.arange(tokens.shape[2], device=tokens.device).unsqueeze(0), None
+    return _rows(tokens, every, every, 0.0)
+
+
 _Index = tuple[Tensor, Tensor | None]  # rows [B or 1, M] to read, and which of them are not there
 
 

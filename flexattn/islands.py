@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .aligned import copied_both_ways
 from .block_lists import dense
 from .layout import in_order_of
 from .problem import Problem
@@ -37,7 +38,8 @@ def solve(problem: Problem) -> Attention:
         for q_part, k_part, v_part, (first, stop) in pieces:
             lists = [made for t in kinds for made in _lists(t[:, :, first:stop, first:stop] if len(ends) > 2 else t)]
             part = problem._replace(query=_new(q_part), key=_new(k_part), value=_new(v_part), block_mask=lists)
-            parts.append(attention(part, origin=(b, 0, rows_before, keys_before)))
+            made = attention(part, origin=(b, 0, rows_before, keys_before))
+            parts.append((copied_both_ways(made.out), copied_both_ways(made.lse), made.max_scores))
             rows_before, keys_before = rows_before + q_part.shape[2], keys_before + k_part.shape[2]
         rows.append([torch.cat(t, 2) for t in zip(*parts, strict=True)])
     out, lse, max_scores = (torch.cat(t) for t in zip(*rows, strict=True))

@@ -40,8 +40,9 @@ def assert_causal(
 
     A mask is examined exactly, for a shape, or for all where algebra proves it. An attention, such as a layer of a model, is
     run: query, key and value from some position on are replaced by other large values, and the outputs before it must not
-    change in one bit (zeros of either sign are the same). Positions are the first, the middle, the last, and the edges of
-    blocks; so this finds a mask that is lost or shifted, and may miss one that is wrong at a single place between.
+    change in one bit (zeros of either sign are the same). Positions are the first, the middle, the last, the keys after the
+    last query, and the edges of blocks; so this finds a mask that is lost or shifted, and may miss one that is wrong at a
+    single place between.
 
     Args:
         mask_mod: a function `(b, h, q_idx, kv_idx) -> bool`, or a block mask.
@@ -163,10 +164,11 @@ class _Layer:
     offset: int
 
     def check(self) -> None:
-        L = self.experiment.sizes.L
+        _, _, _, L, S, *_ = self.experiment.sizes
+        last = L if S > max(0, L + self.offset) else L - 1  # keys after the last query are its future
         edges = [n + step for n in _EDGES for step in (0, 1)]
         depends = False
-        for start in sorted({t for t in (1, 2, L // 2, L - 1, *edges) if 0 < t < L}):
+        for start in sorted({t for t in (1, 2, L // 2, L - 1, L, *edges) if 0 < t <= last}):
             changed = self._from(start)
             after = self.experiment.run(changed)
             found = self.experiment.changes(after, self._settled(start))

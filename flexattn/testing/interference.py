@@ -123,10 +123,13 @@ class Experiment:
                 f"{given}. Wrap a layer of another layout: lambda q, k, v: layer(...).transpose(1, 2)"
             )
 
-    def changes(self, after: Results, compared: Positions) -> list[Change]:
-        """The results that are not the same at the positions that are compared. Zeros of either sign are the same."""
+    def changes(self, after: Results, compared: Positions, before: Results | None = None) -> list[Change]:
+        """The results that are not the same at the positions that are compared. Zeros of either sign are the same.
+
+        `before` is by default what the plain values give.
+        """
         found = []
-        for name, one, two in zip(Results._fields, self.before, after, strict=True):
+        for name, one, two in zip(Results._fields, before or self.before, after, strict=True):
             if one is None or two is None:
                 continue
             where = compared.queries if name in ("out", "dq") else compared.keys

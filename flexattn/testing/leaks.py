@@ -48,7 +48,8 @@ def assert_no_leak(
     algebra proves it. Then attention itself, by non-interference: query, key, value and incoming gradient of one document are
     replaced by other large values, and the outputs and the gradients of all others must not change in one bit (zeros of
     either sign are the same). That finds what is not in the mask: a layer that drops it, a score_mod or a kernel that mixes
-    documents. It also requires that a document's own results do change.
+    documents. One document is also changed while all others have large values, except in float16: a mask by -1e4 instead of
+    -inf hides nothing from a query whose scores are all below. A document's own results are required to change.
 
     A negative id is padding. Documents may not see padding, and may not depend on its values. What padding sees is nobody's
     concern: its outputs are not looked at, and no gradient comes in through them, as from a loss that ignores them. (With a
@@ -242,6 +243,21 @@ def _check_results(experiment: Experiment, ids: _Ids, most: int, suspects: str) 
             "gradient did: the attention does not depend on its inputs, or no document attends to itself, so that nothing was "
             "tested"
         )
+    _check_large(experiment, ids, documents, suspects)
+
+
+def _check_large(experiment: Experiment, ids: _Ids, documents: list[_Document], suspects: str) -> None:
+    """The first document changes while all others have large values.
+
+    A mask by a large number, -1e4 instead of -inf, hides the others only from a query that has a score above it.
+    """
+    if not documents or experiment.dtype is torch.float16:  # whose products of large values overflow
+        return
+    real, inside = Positions(ids.queries >= 0, ids.keys >= 0), documents[0].positions(ids)
+    large, after = experiment.run(real), experiment.run(~inside & real)
+    changes = experiment.changes(after, ~inside & real, large)
+    if changes:
+        raise AssertionError(_leak(documents[0], changes, ids, suspects))
 
 
 def _leak(document: _Document, changes: list[Change], ids: _Ids, suspects: str) -> str:

@@ -182,6 +182,19 @@ def test_memory_layouts_change_no_bits_and_the_output_has_that_of_the_query(back
 
 
 @backends
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gradient_of_an_entry_may_begin_at_any_address(backend: str, seed: int) -> None:
+    """Entries of 30 and of 21 floats: some begin where the next 16 bytes do, some do not."""
+    torch.manual_seed(seed)
+    for Hq, L, S, E, Ev in ((2, 3, 128, 4, 5), (1, 3, 65, 8, 7)):
+        q, k, v, dout = (torch.randn(5, Hq, n, d) for n, d in ((L, E), (S, E), (S, Ev), (L, Ev)))
+        together = results([q, k, v, dout], batch_invariant=True, backend=backend)
+        for b in range(5):
+            alone = results([t[b : b + 1].clone() for t in (q, k, v, dout)], batch_invariant=True, backend=backend)
+            assert_equal_bits({name: t[b : b + 1] for name, t in together.items()}, alone)
+
+
+@backends
 def test_results_are_those_of_documents_kept_apart_by_a_mask(backend: str) -> None:
     packed = Documents.from_lengths([70, 0, 130], 210)
     real = packed.document_ids >= 0

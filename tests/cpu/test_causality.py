@@ -92,6 +92,16 @@ def test_a_layer_of_a_longer_cache_passes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "offset", "query", "key"), [((1, 9), 3, 0, 4), ((20, 60), 12, 19, 32), ((5, 9), -2, 4, 3)]
+)
+def test_keys_after_the_last_query_are_its_future(shape: tuple[int, int], offset: int, query: int, key: int) -> None:
+    last = shape[0] - 1
+    too_far = lambda b, h, q, k: (q + offset >= k) | ((q == last) & (k == key))
+    assert f"query {query} sees key {key}." in text_of(attention=layer(too_far), shape=shape, offset=offset)
+    assert_causal(attention=layer(masks.causal(offset)), shape=shape, offset=offset)
+
+
+@pytest.mark.parametrize(
     ("mask", "query", "key"),
     [
         (masks.noop_mask, 0, 1),

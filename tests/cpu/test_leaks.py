@@ -104,6 +104,18 @@ def test_a_leak_that_only_gradients_have_is_found() -> None:
     assert_no_leak(masks.document_mask(ids), ids, attention=blind)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_by_a_number_leaks_where_scores_are_below_it(dtype: torch.dtype) -> None:
+    packed = Documents.from_lengths([4, 1, 6, 5])
+    keep = create_mask(packed.mask(masks.causal_mask), None, None, 16, 16)[0, 0]
+
+    def hidden_by(number: float) -> Any:
+        return lambda q, k, v: torch.softmax((q @ k.mT / 4).masked_fill(~keep, number), -1) @ v
+
+    assert_no_leak(None, packed, attention=hidden_by(-float("inf")), dtype=dtype)
+    assert "leaks into document" in text_of(None, packed, attention=hidden_by(-1e4), dtype=dtype)
+
+
 def test_a_leak_of_a_few_documents_among_many_is_found_at_the_ends() -> None:
     many = torch.arange(120) // 4
     last = lambda b, h, q, k: (many[q] == many[k]) | ((many[k] == 29) & (many[q] == 3))

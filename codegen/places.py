@@ -61,11 +61,12 @@ def exact_place_of(
 
 def _places(mod: Callable[..., Any], role: str, score_dtype: DType) -> _Locating:
     recorder = _Locating(torch.device("cpu"))
-    arguments = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
-    if role != "mask_mod":
-        arguments.insert(0, recorder.scalar(input_node("score", score_dtype)))
-    with recorder:
-        mod(*arguments)
+    with torch.enable_grad():  # as a trace has it, whatever the caller has
+        arguments = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
+        if role != "mask_mod":
+            arguments.insert(0, recorder.scalar(input_node("score", score_dtype)))
+        with recorder:
+            mod(*arguments)
     return recorder
 
 

@@ -67,6 +67,7 @@ USES = {
         Use("torch.nn.modules.module._global_backward_pre_hooks", "noticing hooks of modules"),
         Use("torch._C._functorch.is_legacy_batchedtensor", "noticing is_grads_batched, which operators do not know"),
         Use("torch._C.DisableTorchFunctionSubclass", "placeholders of a trace"),
+        Use("torch._C.DisableTorchFunction", "placeholders of a trace"),
         Use("torch.Tensor._make_wrapper_subclass", "placeholders of a trace"),
         Use("torch.Tensor._base", "telling writes to captured tensors from writes to a mod's own"),
         Use("torch.Tensor._version", "noticing writes to tensors that cached results were made of"),
@@ -108,6 +109,7 @@ HigherOrderOperator = find("torch._ops.HigherOrderOperator")
 AutoDispatchBelowAutograd = find("torch._C._AutoDispatchBelowAutograd")
 AFTER_AUTOGRAD = find("torch._C._after_autograd_keyset")
 DisableTorchFunctionSubclass = find("torch._C.DisableTorchFunctionSubclass")
+DisableTorchFunction = find("torch._C.DisableTorchFunction")
 FakeTensor = find("torch._subclasses.fake_tensor.FakeTensor")
 TorchDispatchMode: Any = find("torch.utils._python_dispatch.TorchDispatchMode")
 register_pytree_node = find("torch.utils._pytree.register_pytree_node")

@@ -21,7 +21,7 @@ from .calls import BY_VALUE, FUNCTIONS, parameters, weak
 from .errors import TraceError
 from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
-from .private import DisableTorchFunctionSubclass, base_of, make_wrapper_subclass
+from .private import DisableTorchFunction, DisableTorchFunctionSubclass, base_of, make_wrapper_subclass
 from .promotion import cast, current_default_float
 from .refusals import own_gradient, random_number, unsupported, value_read, without_gradient, write
 from .spec import load
@@ -282,7 +282,7 @@ class Recorder(TorchFunctionMode):
         return Node(Op.CAPTURED, (), IR_DTYPE[tensor.dtype], Kind.ELEMENT, (number, tensor.dim()))
 
     def _value(self, item: Placeholder) -> Value:
-        with DisableTorchFunctionSubclass():
+        with DisableTorchFunction():
             applied = item.grad_fn is not None
         if applied:
             raise own_gradient()

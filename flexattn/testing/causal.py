@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..masks.parameters import at, check_ids, is_integer
 from .interference import Attention, Change, Experiment, Positions
 from .mask_picture import drawn
 from .search import search
-from .sizes import Sizes, mask_shape
+from .sizes import Sizes, mask_shape, unsaid_in
 from .traced_mask import MaskMod, Shape, TracedMask, called, device_of, mask_function
 
 _LENGTH = 256  # of a mask and an attention where nothing says one
@@ -59,7 +60,8 @@ def assert_causal(
     Raises:
         AssertionError: if something is seen of the future; says by which query, of which key.
         TypeError: for what is no mask, and where there is neither a mask nor an attention.
-        ValueError: for sizes that do not fit together.
+        ValueError: for sizes that do not fit together, and for a mask that depends on the batch entry or the head, where
+            `shape` does not say how many there are.
 
     Example:
         >>> import flexattn.testing
@@ -82,7 +84,10 @@ def assert_causal(
         within = within.to(where)
     sizes = _shape(mask_mod, shape, within, offset)
     if mask_mod is not None:
-        _check_mask(mask_mod, sizes, within, offset, where, max_memory)
+        unsaid = {} if isinstance(mask_mod, BlockMask) else unsaid_in(shape)
+        if within is not None and within.dim() == 2:
+            unsaid.pop("b", None)
+        _check_mask(mask_mod, sizes, within, offset, where, max_memory, unsaid)
     if attention is not None:
         B, H, L, S = sizes
         problem = Sizes(B, H, kv_heads or H, L, S, head_dim, head_dim)
@@ -128,10 +133,18 @@ class _Future(MaskObject):
         return seen & ~((own >= 0) & (own == at(self.within, b, kv_idx)))
 
 
-def _check_mask(mask: Any, shape: Shape, within: Tensor | None, offset: int, device: torch.device, memory: int) -> None:
+def _check_mask(
+    mask: Any,
+    shape: Shape,
+    within: Tensor | None,
+    offset: int,
+    device: torch.device,
+    memory: int,
+    unsaid: Mapping[str, str],
+) -> None:
     function = mask_function("assert_causal", mask, shape)
     future = _Future(function, within, offset)
-    found = search(future, shape, device, memory)
+    found = search(future, shape, device, memory, unsaid)
     if found.first is None:
         return
     b, h, q_idx, kv_idx = found.first

@@ -74,7 +74,8 @@ def assert_no_leak(
     Raises:
         AssertionError: for a leak; says from which document into which one, at which element, and where to look.
         TypeError: for what is no mask, and where there is neither a mask nor an attention.
-        ValueError: for ids that are no integers [S] or [B, S], and for sizes that do not fit together.
+        ValueError: for ids that are no integers [S] or [B, S], for sizes that do not fit together, and for a mask that depends
+            on the batch entry or the head, where `batch` or `heads` does not say how many there are.
 
     Non-interference is the notion of Goguen and Meseguer, "Security Policies and Security Models", 1982.
 
@@ -99,7 +100,9 @@ def assert_no_leak(
         raise ValueError(f"max_documents is {max_documents!r}; it must be at least 1")
     if mask_mod is not None:
         function = mask_function("assert_no_leak", mask_mod, (sizes.B, sizes.Hq, sizes.L, sizes.S))
-        _check_mask(mask_mod, function, ids, sizes, max_memory)
+        unsaid = {"b": "batch="} if batch is None and ids.queries.dim() == 1 else {}
+        unsaid |= {"h": "heads="} if heads is None else {}
+        _check_mask(mask_mod, function, ids, sizes, max_memory, {} if isinstance(mask_mod, BlockMask) else unsaid)
     suspects = "`attention`" if mask_mod is None else "`attention`: the mask by itself keeps documents apart"
     if attention is None:
         given = {"block_mask" if isinstance(mask_mod, BlockMask) else "mask_mod": mask_mod}
@@ -173,10 +176,10 @@ class _Across(MaskObject):
         return self.mask(b, h, q_idx, kv_idx) & (own >= 0) & (own != at(self.ids.keys, b, kv_idx))
 
 
-def _check_mask(mask: Any, function: MaskMod, ids: _Ids, sizes: Sizes, memory: int) -> None:
+def _check_mask(mask: Any, function: MaskMod, ids: _Ids, sizes: Sizes, memory: int, unsaid: Mapping[str, str]) -> None:
     shape = (sizes.B, sizes.Hq, sizes.L, sizes.S)
     device = ids.queries.device
-    leak = search(_Across(function, ids), shape, device, memory)
+    leak = search(_Across(function, ids), shape, device, memory, unsaid)
     if leak.first is None:
         return
     b, h, q_idx, kv_idx = leak.first

@@ -14,7 +14,7 @@ from ..codegen.tiles import DEFAULT_MEMORY
 from ..mask_object import MaskObject
 from .mask_picture import picture_of
 from .search import search
-from .sizes import mask_shape
+from .sizes import mask_shape, unsaid_in
 from .traced_mask import MaskMod, TracedMask, called, device_of, mask_function
 
 
@@ -117,7 +117,8 @@ def mask_diff(
 
     Raises:
         TypeError: for what is no mask, and for two functions without a shape.
-        ValueError: for a shape that is none, and for block masks of other sizes.
+        ValueError: for a shape that is none, for block masks of other sizes, and for a length or a pair where the masks agree
+            in b=0, h=0, and depend on the batch entry or the head.
         TraceError: for a mask that cannot be traced.
         IndexError: for a captured tensor that is shorter than the positions it is read at.
 
@@ -134,7 +135,8 @@ def mask_diff(
     functions = mask_function("mask_diff", a, sizes), mask_function("mask_diff", b, sizes)
     where = device_of("mask_diff", a, b) if device is None else torch.device(device)
     traced = [TracedMask.of(f, where) for f in functions]
-    found = search(_Differs(*functions), sizes, where, max_memory)
+    listed = any(isinstance(m, BlockMask) for m in (a, b))
+    found = search(_Differs(*functions), sizes, where, max_memory, {} if listed else unsaid_in(shape))
     names = called(a), called(b)
     if found.first is None:
         return MaskDiff(True, found.proved, None, 0, sizes, "", names)

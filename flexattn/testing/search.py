@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,17 @@ class _Places(NamedTuple):
     column: Tensor
 
 
-def search(mask_mod: MaskMod, shape: Shape, device: torch.device, memory: int = DEFAULT_MEMORY) -> Found:
-    """Find where `mask_mod` attends, for a `shape` (B, H, Q_LEN, KV_LEN), in about `memory` bytes."""
+def search(
+    mask_mod: MaskMod,
+    shape: Shape,
+    device: torch.device,
+    memory: int = DEFAULT_MEMORY,
+    unsaid: Mapping[str, str] = MappingProxyType({}),
+) -> Found:
+    """Find where `mask_mod` attends, for a `shape` (B, H, Q_LEN, KV_LEN), in about `memory` bytes.
+
+    `unsaid` has what to give for "b" and "h" where the caller took a size for granted: raises `ValueError` if it matters.
+    """
     traced = TracedMask.of(mask_mod, device).merged()
     proved = never(traced.node)
     if 0 in shape or (proved and not traced.may_wrap(shape, memory // 4)):
@@ -66,6 +76,10 @@ def search(mask_mod: MaskMod, shape: Shape, device: torch.device, memory: int = 
     blocks = create_block_mask(traced.mask_mod, *shape, device=device, BLOCK_SIZE=(size[0], size[1]), max_memory=memory)
     work = _Search(traced, blocks, shape, memory)
     count = work.count()
+    for name in unsaid if not count and not proved else ():
+        if name in traced.node.axes:
+            what = {"b": "batch entry b", "h": "head h"}[name]
+            raise ValueError(f"the mask depends on the {what}, and only one was looked at; give {unsaid[name]}")
     return Found(proved and count == 0, count, work.first() if count else None, blocks if count else None)
 
 

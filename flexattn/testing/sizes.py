@@ -58,3 +58,9 @@ def mask_shape(shape: int | tuple[int, ...]) -> tuple[int, int, int, int]:
         raise ValueError(f"shape is {shape!r}; give a length, (Q_LEN, KV_LEN), or (B, H, Q_LEN, KV_LEN)")
     B, H, Q_LEN, KV_LEN = sizes if len(sizes) == 4 else (1, 1, *sizes)
     return B, H, Q_LEN, KV_LEN
+
+
+def unsaid_in(shape: object) -> dict[str, str]:
+    """What to give for the batch and the heads where a shape of a mask does not tell; for `search`."""
+    told = isinstance(shape, (tuple, list)) and len(shape) == 4
+    return {} if told else {"b": "shape=(B, H, Q_LEN, KV_LEN)", "h": "shape=(B, H, Q_LEN, KV_LEN)"}

@@ -177,3 +177,10 @@ def test_wrong_arguments_are_refused() -> None:
         assert_causal(attention=lambda q, k, v: q.sum(), shape=10)
     with pytest.raises(TraceError):
         assert_causal(lambda b, h, q, k: q)
+
+
+def test_a_mask_of_heads_needs_their_number() -> None:
+    mask = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (h == 1)
+    with pytest.raises(ValueError, match=r"depends on the head h.*give shape=\(B, H, Q_LEN, KV_LEN\)"):
+        assert_causal(mask, 40)
+    assert "h=1" in text_of(mask, (1, 2, 40, 40))

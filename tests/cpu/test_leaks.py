@@ -149,3 +149,16 @@ def test_wrong_arguments_are_refused() -> None:
         assert_no_leak(masks.causal_mask, batched, kv_document_ids=ids)
     with pytest.raises(ValueError, match="the shape says"):
         assert_no_leak(create_block_mask(masks.causal_mask, None, None, 30, 30, device="cpu"), ids)
+
+
+def test_a_mask_of_heads_and_entries_needs_their_numbers() -> None:
+    ids = torch.arange(40) // 10
+    of_head = lambda b, h, q_idx, kv_idx: (ids[q_idx] == ids[kv_idx]) | (h == 3)
+    of_entry = lambda b, h, q_idx, kv_idx: (ids[q_idx] == ids[kv_idx]) | (b == 1)
+    with pytest.raises(ValueError, match=r"depends on the head h.*give heads="):
+        assert_no_leak(of_head, ids)
+    with pytest.raises(ValueError, match=r"depends on the batch entry b.*give batch="):
+        assert_no_leak(of_entry, ids)
+    for mask in (of_head, of_entry):
+        with pytest.raises(AssertionError, match=r"see document"):
+            assert_no_leak(mask, ids, heads=4, batch=2)

@@ -200,3 +200,15 @@ def test_a_graph_is_a_mask_function_again() -> None:
     q = torch.randn(1, 3, 200, 8)
     out = flexattn.flex_attention(q, q, q, mask_mod=again)
     assert torch.equal(out, flexattn.flex_attention(q, q, q, mask_mod=masks.document_mask(ids)))
+
+
+def test_masks_of_batch_entries_and_heads_need_their_numbers() -> None:
+    second = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (h == 1)
+    third = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (b == 2)
+    for mask, name in ((second, "head h"), (third, "batch entry b")):
+        with pytest.raises(ValueError, match=rf"depends on the {name}.*give shape=\(B, H, Q_LEN, KV_LEN\)"):
+            mask_diff(mask, masks.causal_mask, 40)
+        assert mask_diff(mask, masks.causal_mask, (3, 2, 40, 40)).count > 0
+    # A difference that is there, and a proof for all of them, need no number.
+    assert mask_diff(lambda b, h, q, k: (q >= k) | (h == 0), masks.causal_mask, 40).count > 0
+    assert mask_diff(second, lambda b, h, q, k: (h == 1) | (k <= q), 40).proved

@@ -17,6 +17,7 @@ from flexattn.block_mask import BlockMask
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
 from flexattn.create import create_block_mask, create_mask
+from flexattn.debug import debug_mode
 
 from .failures import reading
 from .pairs import Pair
@@ -62,7 +63,8 @@ class Problem(NamedTuple):
                 block = block.to(device)
             elif mods.mask_mod is not None:
                 block = create_block_mask(mods.mask_mod, B, H, L, L, device)
-            flex_attention(q[:1, :, :1], k[:1, :, :1], v[:1, :, :1], mods.score_mod)  # refuses what cannot be traced
+            with debug_mode():  # refuses what cannot be traced, and what reads beyond a tensor
+                flex_attention(q, k, v, mods.score_mod, block)
         return cls(mods, sizes, dtype, device, compiles, block, q, k, v)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 FINE, DIFFERS, MISTAKE, UNAVAILABLE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -54,7 +59,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def told(error: BaseException) -> str:
-    """An exception in words: its text, after its name unless the text is made for people."""
+    """An exception in words: its text, after its name and before its place unless the text is made for people."""
     text = str(error).strip()
     if isinstance(error, (AssertionError, Failure)) or type(error).__name__ in (
         "TraceError",
@@ -62,4 +67,21 @@ def told(error: BaseException) -> str:
         "KernelError",
     ):
         return text or type(error).__name__
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    """ ", at FILE:LINE" of the innermost frame that is the user's."""
+    import flexattn
+    from flexattn.codegen.diagnose import is_inside
+
+    others = (
+        _HERE,
+        sysconfig.get_paths()["stdlib"] + os.sep,
+        *(f"{folder}{os.sep}" for folder in flexattn.__path__),
+        "<",
+    )
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not (is_inside(f.filename) or f.filename.startswith(others))]
+    own = [f for f in own if "site-packages" not in f.filename]
+    return f", at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""

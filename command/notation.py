@@ -173,6 +173,8 @@ class _Reader:
         said = f"did you mean {close[0]}?" if close else f"the names are {', '.join(NAMES)};"
         module = dotted.rpartition(".")[0] or "my_module"
         own = f"a function of your own is {module}:{dotted.rpartition('.')[2]}"
+        if dotted.endswith(".py"):
+            own = f"a function of that file is {dotted}:NAME"
         raise self.error(f"{dotted!r} is no name of flexattn.masks or flexattn.mods; {said} {own}", place)
 
     def call(self, node: Any) -> Tree:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..codegen.evaluate import TORCH_DTYPE, Inputs, Pool, evaluate
 from ..codegen.ir import Node, Op
 from ..codegen.pipeline import Variant
+from ..codegen.spec import apply
 from ..layout import empty_like_strides
 from ..problem import Problem
 from .indices import Corner, hidden, kept_place_of, number, place_of
@@ -49,6 +50,8 @@ def additive_bias(variant: Variant) -> Node | None:
 
 @lru_cache(maxsize=256)
 def _bias(node: Node) -> Node | None:
+    if node.op is Op.SUB:  # the same bits as adding what is negated
+        node = apply(Op.ADD, node.lhs, apply(Op.NEG, node.rhs))
     if node.op is Op.ADD:
         for score, bias in ((node.lhs, node.rhs), (node.rhs, node.lhs)):
             if score.op is Op.INPUT and score.value == "score" and "score" not in bias.axes:

@@ -72,6 +72,7 @@ def assert_causal(
         AssertionError: flex_attention: query 0 sees key 1.
         ...
     """
+    __tracebackhide__ = True
     if mask_mod is None and attention is None:
         raise TypeError("assert_causal needs a mask, or attention=, a function (query, key, value) -> out")
     if device is None:
@@ -142,6 +143,7 @@ def _check_mask(
     memory: int,
     unsaid: Mapping[str, str],
 ) -> None:
+    __tracebackhide__ = True
     function = mask_function("assert_causal", mask, shape)
     future = _Future(function, within, offset)
     found = search(future, shape, device, memory, unsaid)
@@ -177,6 +179,7 @@ class _Layer:
     offset: int
 
     def check(self) -> None:
+        __tracebackhide__ = True
         _, _, _, L, S, *_ = self.experiment.sizes
         last = L if S > max(0, L + self.offset) else L - 1  # keys after the last query are its future
         edges = [n + step for n in _EDGES for step in (0, 1)]

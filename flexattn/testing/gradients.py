@@ -88,6 +88,7 @@ def gradcheck(
         >>> print(gradcheck(softcap, entries=4))
         21 derivatives agree with finite differences
     """
+    __tracebackhide__ = True
     if directions < 0 or (entries is not None and entries < 0):
         raise ValueError(
             f"entries={entries}, directions={directions}; give numbers of 0 or more, or entries=None for all"
@@ -171,6 +172,7 @@ class _Function:
         return cls(" with ".join(mods) or "softmax attention", leaves, loss, gradients, problem.variant.score)
 
     def check(self, entries: int | None, directions: int, seed: int) -> Gradcheck:
+        __tracebackhide__ = True
         compared, left_out = 0, []
         for name, leaf in self.leaves.items():
             generated = self.gradients[name]

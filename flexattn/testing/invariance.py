@@ -84,6 +84,7 @@ def assert_batch_invariant(
         >>> from flexattn.testing import assert_batch_invariant
         >>> assert_batch_invariant(mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
     """
+    __tracebackhide__ = True
     shape = Sizes() if shape is None else shape
     shape.check()
     lengths = _lengths(documents)
@@ -209,6 +210,7 @@ def _of_documents(found: Mapping[str, Tensor | None], way: _Way, lengths: Sequen
 
 
 def _compare(name: str, alone: Tensor, other: Tensor, where: tuple[int, int, str], what: tuple[bool, bool]) -> None:
+    __tracebackhide__ = True
     bits = BITS[alone.element_size()]
     one, two = (t.contiguous().view(bits) for t in (alone, other))
     differs = one != two

@@ -89,6 +89,7 @@ def assert_no_leak(
         AssertionError: causal_mask lets document 1 see document 0: it attends at b=0, h=0, q_idx=5, kv_idx=0.
         ...
     """
+    __tracebackhide__ = True
     if mask_mod is None and attention is None:
         raise TypeError("assert_no_leak needs a mask, or attention=, a function (query, key, value) -> out")
     if score_mod is not None and attention is not None:
@@ -177,6 +178,7 @@ class _Across(MaskObject):
 
 
 def _check_mask(mask: Any, function: MaskMod, ids: _Ids, sizes: Sizes, memory: int, unsaid: Mapping[str, str]) -> None:
+    __tracebackhide__ = True
     shape = (sizes.B, sizes.Hq, sizes.L, sizes.S)
     device = ids.queries.device
     leak = search(_Across(function, ids), shape, device, memory, unsaid)
@@ -228,6 +230,7 @@ def _chosen(ids: _Ids, most: int) -> list[_Document]:
 
 
 def _check_results(experiment: Experiment, ids: _Ids, most: int, suspects: str) -> None:
+    __tracebackhide__ = True
     real = Positions(ids.queries >= 0, ids.keys >= 0)
     own: set[str] = set()
     documents = _chosen(ids, most)
@@ -254,6 +257,7 @@ def _check_large(experiment: Experiment, ids: _Ids, documents: list[_Document], 
 
     A mask by a large number, -1e4 instead of -inf, hides the others only from a query that has a score above it.
     """
+    __tracebackhide__ = True
     if not documents or experiment.dtype is torch.float16:  # whose products of large values overflow
         return
     real, inside = Positions(ids.queries >= 0, ids.keys >= 0), documents[0].positions(ids)

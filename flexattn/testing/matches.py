@@ -54,7 +54,8 @@ def assert_matches_reference(
             gradients of query, key and value are compared if its out requires one, else the forward alone. Gradients of
             captured tensors are not: nothing says which they are.
         normalizer: `(out, lse) -> out`, what is done with the result, as for attention sinks. It gets numbers in float64, too.
-            Gradients then go through it. Tensors that it captures itself are not compared.
+            Gradients then go through it. Tensors that it captures itself are not compared. An `attention` that returns out
+            alone is one that has done this by itself.
         seed: of the random operands, and of the gradients that arrive.
         query, key, value: operands to use instead of random ones, as of a model; all three.
         device: of random operands; default that of a block mask, or else the CPU.
@@ -77,6 +78,7 @@ def assert_matches_reference(
         Traceback (most recent call last):
         AssertionError: attention `mine` at ...
     """
+    __tracebackhide__ = True
     if block_mask is not None and mask_mod is not None:
         raise ValueError(
             "both block_mask and mask_mod are given; a block mask brings its own mask_mod: pass one of the two"

@@ -42,6 +42,10 @@ def off_by_one(b, h, q_idx, kv_idx):
     return q_idx + 1 >= kv_idx
 
 
+def raising(b, h, q_idx, kv_idx):
+    raise RuntimeError("no such table")
+
+
 def branches(score, b, h, q_idx, kv_idx):
     if q_idx > kv_idx:
         return score
@@ -195,6 +199,9 @@ MISTAKES = {
     ("check", "causal_mask", "--kv-heads", "3"): "--kv-heads 3: Hq=4 is no multiple of Hkv=3",
     ("check", "causal_mask", "--backend", "cuda"): "'cuda' is unknown. Write one of auto, triton, tiled, reference",
     ("bench", "tried:branches"): "tried:branches: score_mod at",
+    ("bench", "alibi(2)", "--length", "16", "--heads", "4"): "index 2 is out of range for dimension 0 (size 2)",
+    ("show", "tried:raising", "--length", "8"): "tried:raising: RuntimeError: no such table, at tried.py:",
+    ("show", "tried.py"): "a function of that file is tried.py:NAME",
     ("bench", "tried:block", "--length", "9"): "tried:block: a BlockMask made for lengths (Q_LEN, KV_LEN) = (24, 24)",
 }
 

@@ -193,3 +193,33 @@ def test_a_tensor_that_is_computed_of_another_captured_one() -> None:
     first = torch.randn(4, requires_grad=True)
     second = -2 * first
     assert_matches_reference(lambda score, b, h, q_idx, kv_idx: score * first[h] + second[h] * kv_idx, shape=SMALL)
+
+
+def with_sinks(sinks: Tensor, sign: int = 1, detached: bool = False) -> Any:
+    """Dense attention whose softmax has one more key, of score `sinks[h]` and value 0."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        lse = scores.logsumexp(-1, keepdim=True)
+        lse = lse.detach() if detached else lse
+        return torch.sigmoid(sign * (lse - sinks[: query.shape[1], None, None])) * (torch.softmax(scores, -1) @ value)
+
+    return attention
+
+
+def test_an_attention_with_sinks_inside_is_compared_with_the_normalized_reference() -> None:
+    sinks = torch.linspace(-1, 2, 4)
+    normalizer = lambda out, lse: out * torch.sigmoid(lse - sinks[: lse.shape[1], None])[..., None]
+    shape = Sizes(2, 4, 4, 40, 50, 16, 8)
+    assert_matches_reference(attention=with_sinks(sinks), normalizer=normalizer, shape=shape)
+    with pytest.raises(AssertionError, match="normalized is wrong"):
+        assert_matches_reference(attention=with_sinks(sinks, sign=-1), normalizer=normalizer, shape=shape)
+    with pytest.raises(AssertionError, match="dq is wrong"):
+        assert_matches_reference(attention=with_sinks(sinks, detached=True), normalizer=normalizer, shape=shape)
+
+
+def test_an_index_that_wraps_is_legal() -> None:
+    table = torch.randn(4, 100).requires_grad_()
+    mod = lambda score, b, h, q_idx, kv_idx: score + table[h, q_idx - kv_idx]
+    gradcheck(mod, masks.sliding_window(5), entries=2)
+    assert_matches_reference(mod, masks.causal_mask, shape=Sizes(1, 4, 4, 20, 20, 8, 8))

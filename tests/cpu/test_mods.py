@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from flexattn import TraceError, create_mask, flex_attention, mods
+from flexattn.backends.tiled import additive_bias
+from flexattn.codegen.pipeline import variant
+from flexattn.codegen.trace import trace
 
 
 def test_the_identity_changes_no_score() -> None:
@@ -48,3 +51,16 @@ def test_a_detached_value_outlives_what_it_was_made_of() -> None:
         results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_bias_may_be_added_on_either_side_or_subtracted() -> None:
+    slopes = torch.tensor([0.5, 0.25])
+    added = lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)
+    before = lambda score, b, h, q_idx, kv_idx: slopes[h] * (kv_idx - q_idx) + score
+    taken = lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx)
+    turned = lambda score, b, h, q_idx, kv_idx: slopes[h] * (q_idx - kv_idx) - score
+    assert [additive_bias(variant(trace(m, None).program)) is None for m in (added, before, taken, turned)] == [
+        *(False, False, False, True)
+    ]
+    q, k, v = (torch.randn(1, 2, 50, 8) for _ in range(3))
+    assert torch.equal(flex_attention(q, k, v, taken), flex_attention(q, k, v, added))

@@ -162,3 +162,16 @@ def test_a_test_run_without_attention_imports_neither_torch_nor_flexattn(pyteste
     run(pytester, source).assert_outcomes(passed=1)
     listed = run(pytester, source, "--help")
     listed.stdout.fnmatch_lines(["*--flexattn-device=DEVICE*", "*flexattn_seed*"])
+
+
+def test_a_failed_check_shows_the_users_line_and_the_message_alone(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "from flexattn import masks\n"
+        "from flexattn.testing import assert_causal\n"
+        "def test_it():\n"
+        "    assert_causal(masks.prefix_lm(3), 8)\n"
+    )
+    result = pytester.runpytest_inprocess("-p", "no:xdist")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*assert_causal(masks.prefix_lm(3), 8)*", "*is not causal: it attends at b=0*"])
+    result.stdout.no_fnmatch_line("*causal.py*")

@@ -14,6 +14,7 @@ from .diagnose import is_inside
 from .formula import inline
 from .ir import INDEX_INPUTS, DType, Node, Op, input_node, walk
 from .recorder import Placeholder, Recorder, Value
+from .trace import gradients_on
 
 
 class Place(NamedTuple):
@@ -61,7 +62,7 @@ def exact_place_of(
 
 def _places(mod: Callable[..., Any], role: str, score_dtype: DType) -> _Locating:
     recorder = _Locating(torch.device("cpu"))
-    with torch.enable_grad():  # as a trace has it, whatever the caller has
+    with gradients_on():
         arguments = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
         if role != "mask_mod":
             arguments.insert(0, recorder.scalar(input_node("score", score_dtype)))

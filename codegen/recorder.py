@@ -99,6 +99,7 @@ class Recorder(TorchFunctionMode):
         self.floats: list[float | Tensor] = []
         self.ints: list[Any] = []
         self.hoists = False
+        self.requires_grad = True  # what is traced, so that what an autograd.Function returns can be told
         self._number: dict[int, int] = {}
         self._own: dict[int, Tensor] = {}  # tensors made while the mod runs, which it may write to
 
@@ -107,9 +108,9 @@ class Recorder(TorchFunctionMode):
         if not torch.is_grad_enabled():
             raise without_gradient()
         dtype = content.nodes[0].dtype if isinstance(content, Value) else IR_DTYPE[content.base.dtype]
-        # Requires a gradient, so that what an autograd.Function returns can be told.
+        requires_grad = dtype.is_float and self.requires_grad
         made: Placeholder = make_wrapper_subclass(
-            Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device, requires_grad=dtype.is_float
+            Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device, requires_grad=requires_grad
         )
         made.content = content
         made.recorder = self

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .diagnose import locate
 from .errors import TraceError
 from .evaluate import IR_DTYPE
 from .ir import INDEX_INPUTS, DType, Node, input_node
+from .private import DisableTorchFunction
 from .program import print_program
 from .promotion import cast, default_float
 from .recorder import Placeholder, Recorder, Value
@@ -93,13 +95,33 @@ def record(
     return Recording(printed.text, tensors, floats, ints, recorder.hoists)
 
 
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients are on inside, whatever the caller has, so that a mod which turns them off is noticed.
+
+    Nobody sees it: a call that is exported shall not have it in its graph.
+    """
+    if torch.is_grad_enabled():
+        yield
+        return
+    with DisableTorchFunction():
+        torch.set_grad_enabled(True)
+    try:
+        yield
+    finally:
+        with DisableTorchFunction():
+            torch.set_grad_enabled(False)
+
+
 def _run(role: str, mod: Callable[..., Any], recorder: Recorder, score: Node | None) -> Node:
     check_arguments(role, mod)
-    with torch.enable_grad():  # whatever the caller has: gradients that a mod turns off are refused
+    # Hooks of a module, such as FSDP's, apply functions of their own where something requires a gradient.
+    recorder.requires_grad = not (isinstance(mod, torch.nn.Module) and (mod._forward_pre_hooks or mod._backward_hooks))
+    with gradients_on():
         indices = [recorder.scalar(input_node(name, DType.INT32)) for name in INDEX_INPUTS]
         arguments = indices if score is None else [recorder.scalar(score), *indices]
     try:
-        with torch.enable_grad(), recorder:
+        with gradients_on(), recorder:
             result = mod(*arguments)
         return _result(role, result, recorder)
     except TraceError as error:

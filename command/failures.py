@@ -55,19 +55,22 @@ def reading(what: str) -> Iterator[None]:
     except Failure:
         raise
     except Exception as error:
-        raise Mistake(f"{what}: {told(error)}") from error
+        where = "" if _is_told(error) else _place(error)
+        raise Mistake(f"{what}: {told(error)}{where}") from error
 
 
 def told(error: BaseException) -> str:
-    """An exception in words: its text, after its name and before its place unless the text is made for people."""
-    text = str(error).strip()
-    if isinstance(error, (AssertionError, Failure)) or type(error).__name__ in (
-        "TraceError",
-        "ValueError",
-        "KernelError",
-    ):
-        return text or type(error).__name__
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + _place(error)
+    """An exception in words: its text, after its name unless the text is made for people."""
+    text, name = str(error).strip(), type(error).__name__
+    if _is_told(error):
+        return text or name
+    return f"{name}: {text}" if text else name
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether the text of an exception is made for people."""
+    made = ("TraceError", "ValueError", "KernelError")
+    return isinstance(error, (AssertionError, Failure)) or type(error).__name__ in made
 
 
 def _place(error: BaseException) -> str:

@@ -107,3 +107,15 @@ BENCHMARK = block_mask_benchmark()
 @pytest.mark.parametrize("case", [*BENCHMARK.COMMON, *BENCHMARK.OTHERS, "window_and_documents"])
 def test_the_masks_of_the_benchmark_have_the_blocks_of_torchs(case: str) -> None:
     BENCHMARK.check(case, 2048, "cpu")
+
+
+def test_the_benchmark_of_batch_invariance_prints_its_table() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "bench_batch_invariance.py"), "--smoke"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count(" times |") == 4, run.stdout

@@ -165,6 +165,8 @@ def _report(case: Case, shape: Sizes, outcome: Outcome) -> str:
     if sizes != shape:
         lines += ["", f"At {shape}:", *map(_in_short, outcome.excesses)]
     hints = _hints(least)
+    if case.normalizer is not None and "out" not in least.compared:
+        hints.append("attention returned out alone, which is taken for normalized; return (out, lse) if it is not.")
     if hints:
         lines += ["", *hints]
     return "\n".join([*lines, "", "To repeat it:", f"  {_call(case, sizes)}"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import batch_invariant as batch_invariance
 from . import capture, validate
 from .autocast import autocast
+from .backends.invariant import OPTION
 from .block_mask import BlockMask
 from .documents import Documents
 from .kernel_options import check_kernel_options, options_text
@@ -136,7 +137,7 @@ def flex_attention(
         scale: factor of the dot products. Default 1 / sqrt(E).
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return the lse, [B, Hq, L]. Kept for PyTorch's sake; prefer `return_aux`.
-        kernel_options: tuning of GPU kernels, see `flexattn.kernel_options.OPTIONS`; never changes a result. With
+        kernel_options: tuning of GPU kernels, see `flexattn.kernel_options.OPTIONS`. With
             {"AUTOTUNE": True} the fastest configuration is found by timing, and kept on disk.
         return_aux: which auxiliary outputs to return.
         mask_mod: function `(b, h, q_idx, kv_idx) -> bool`, True = attend. Its block mask is built for this shape and
@@ -179,7 +180,7 @@ def flex_attention(
     given, call = query, None
     if batch_invariant is not False:
         batch_invariance.check(batch_invariant, query, key, block_mask)
-        options = check_kernel_options({**options, batch_invariance.OPTION: True})
+        options = check_kernel_options({**options, OPTION: True})
         call = batch_invariance.arranged(query, key, value, score_mod, mask_mod, block_mask, batch_invariant)
         query, key, value, score_mod, mask_mod, _ = call
     if mask_mod is not None:
@@ -203,7 +204,7 @@ def flex_attention(
         lists,
         block_size,
         scale,
-        _choose_backend(backend, query, value),
+        choose_backend(backend, query, value),
         options_text(options),
     )
     out, lse, max_scores = results if call is None else call.back(given, results)
@@ -213,7 +214,7 @@ def flex_attention(
     return (out, lse) if return_lse else out
 
 
-def _choose_backend(backend: str, query: Tensor, value: Tensor) -> str:
+def choose_backend(backend: str, query: Tensor, value: Tensor) -> str:
     """The backend to use. Raises `ValueError` if the caller chose one that cannot do this."""
     if backend in ("tiled", "reference"):
         return backend

@@ -20,7 +20,6 @@ from .layout import in_order_of
 from .mask_object import MaskMod, MaskObject, name_of
 from .sharded import involved
 
-OPTION = "BATCH_INVARIANT"
 ScoreMod = Callable[..., Tensor]
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference, validate
-from ..api import AuxRequest, flex_attention
-from ..api import _choose_backend as choose_backend
+from ..api import AuxRequest, choose_backend, flex_attention
 from ..block_mask import BlockMask
 from ..capture import score_dtype
 from ..checks import check_indices

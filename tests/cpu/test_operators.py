@@ -61,15 +61,15 @@ def test_a_gpu_gets_fused_kernels_and_is_told_once_where_it_does_not() -> None:
     say_once.cache_clear()
     with FakeTensorMode():
         q = torch.empty(2, 4, 40, 8, device="cuda", dtype=torch.bfloat16)
-        assert flexattn.api._choose_backend("auto", q, q) == "triton"
+        assert flexattn.api.choose_backend("auto", q, q) == "triton"
         for refused, why in (
             (q.double(), "float32, not in float64"),
             (q.expand(2, 4, 40, 8).repeat(1, 1, 1, 64), "512"),
         ):
             with pytest.warns(UserWarning, match=f"operators .*{why}"):
-                assert flexattn.api._choose_backend("auto", refused, refused) == "tiled"
+                assert flexattn.api.choose_backend("auto", refused, refused) == "tiled"
             with pytest.raises(ValueError, match=f"{why}.*Use backend='tiled'"):
-                flexattn.api._choose_backend("triton", refused, refused)
+                flexattn.api.choose_backend("triton", refused, refused)
 
 
 @pytest.mark.feature("FlopCounterMode counts visited blocks")

@@ -22,9 +22,10 @@ import torch
 from flexattn import Documents, create_block_mask, masks
 from flexattn.backends import launch, triton
 from flexattn.backends.collection import Collection
+from flexattn.backends.invariant import OPTION
 from flexattn.backends.one_pass import Backward, Sums
 from flexattn.backends.target import compiling_for, named
-from flexattn.batch_invariant import OPTION, arranged
+from flexattn.batch_invariant import arranged
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
 from flexattn.problem import Problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import sys
@@ -32,6 +33,11 @@ INSTALLED = {
     "plugins": "flexattn_plugins",
 }
 SOURCES = sorted(path.relative_to(ROOT) for folder in INSTALLED for path in (ROOT / folder).rglob("*.py"))
+USERS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("tests", "examples", "benchmarks", "scripts")
+    for path in (ROOT / folder).rglob("*.py")
+)
 FOLDERS = (*INSTALLED, "tests", "examples", "benchmarks", "scripts", "docs", ".ci")
 MAX_LINES = 400
 # Attributes of tensors that no documentation promises.
@@ -229,6 +235,42 @@ def test_private_pytorch_is_seen() -> None:
     ):
         assert private_names(line), line
     assert private_names("import torch\ntorch.__version__\nself._cache.x\nmask._version_of") == []
+
+
+def stale_names(source: str) -> list[str]:
+    """What a script takes from our modules and they do not have. Scripts run as programs are imported by no test."""
+    tree, found, modules = ast.parse(source), [], {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level or not within(node.module or "", *INSTALLED.values()):
+            continue
+        module = importlib.import_module(str(node.module))
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            if not hasattr(module, alias.name) and hasattr(module, "__path__") and importlib.util.find_spec(name):
+                importlib.import_module(name)
+            if not hasattr(module, alias.name):
+                found.append(name)
+            value = getattr(module, alias.name, None)
+            if isinstance(value, ModuleType):
+                modules[alias.asname or alias.name] = value
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+            module = modules.get(node.value.id) if node.value.id not in bound else None
+            if module is not None and not hasattr(module, node.attr):
+                found.append(f"{module.__name__}.{node.attr}")
+    return found
+
+
+@pytest.mark.parametrize("path", USERS, ids=str)
+def test_what_is_taken_from_our_modules_is_there(path: Path) -> None:
+    assert not stale_names((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_a_name_that_was_moved_is_seen() -> None:
+    source = "from flexattn.backends import gone, launch\nfrom flexattn.api import Gone\nlaunch.gone()\nlaunch.choose\n"
+    assert stale_names(source) == ["flexattn.backends.gone", "flexattn.api.Gone", "flexattn.backends.launch.gone"]
 
 
 @pytest.mark.parametrize("thing", [pytest.param(thing, id=name) for name, thing in public_things()])

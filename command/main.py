@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import bench, cache, check, diff, explain, info, show
-from .failures import EXIT_CODES, FINE, INTERNAL, INTERRUPTED, MISTAKE, Failure, Mistake, told
+from .failures import EXIT_CODES, FINE, INTERNAL, INTERRUPTED, MISTAKE, Failure, Mistake, is_refusal, told
 from .options import Command, Parser
 from .output import Output
 
@@ -23,7 +23,6 @@ COMMANDS: dict[str, Command] = {
     c.name: c for c in (m.COMMAND for m in (info, show, diff, explain, check, bench, cache))
 }
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell gives a command whose reader went away
-_REFUSALS = ("TraceError", "KernelError")  # of the user's mod; others are mistakes only inside `reading`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it does not complain
         return _BROKEN_PIPE
+    except SystemExit as error:
+        return _tell(Mistake(f"the code that is named ends Python by sys.exit({error.code!r})"), name, output, debug)
     except Exception as error:
         return _tell(error, name, output, debug)
 
@@ -106,7 +107,7 @@ def _tell(error: Exception, name: str, output: Output, debug: bool) -> int:
     prefix = f"flexattn {name}" if name in COMMANDS else "flexattn"
     if isinstance(error, Failure):
         code, kind = error.code, error.kind
-    elif any(c.__name__ in _REFUSALS for c in type(error).__mro__):  # the library refuses what it was given
+    elif is_refusal(error):  # other exceptions of the user's code are mistakes only inside `reading`
         code, kind = MISTAKE, Mistake.kind
     else:
         code, kind = INTERNAL, Failure.kind

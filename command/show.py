@@ -14,6 +14,8 @@ from .shapes import add_shape, chosen, index, positive
 if TYPE_CHECKING:
     from flexattn.block_mask import BlockMask
 
+_LABELS = {"simplified": "simplified", "keys of a query": "keys", "no mask": "keys"}
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The mask, its shape, and what is drawn."""
@@ -95,7 +97,7 @@ def _labelled(label: str, text: str) -> list[tuple[str, str]]:
 def _labelled_line(line: str) -> tuple[str, str]:
     """A line of `Explanation.blocks`: "simplified: ..." or "keys of a query: ..."."""
     label, _, text = line.partition(": ")
-    return (label.split(" ")[0], text) if text else ("", line)
+    return _LABELS[label], text
 
 
 def _files(mask: BlockMask, arguments: argparse.Namespace) -> list[str]:

@@ -68,7 +68,18 @@ MISTAKES = {
         "zzz",
     ): "there is no command 'zzz'; the commands are info, show, diff, explain, check, bench, cache; flexattn --help",
     ("show",): "the following arguments are required: MASK\nusage: flexattn show",
-    ("show", "causal_mask", "--lenght", "3"): "unrecognized arguments: --lenght 3",
+    ("show", "causal_mask", "--lenght", "3"): "there is no option --lenght; did you mean --length?",
+    ("show", "--shap", "1,2,3,4", "causal_mask"): "there is no option --shap; did you mean --shape?",
+    ("show", "causal_mask", "--jsn"): "there is no option --jsn; did you mean --json?",
+    ("show", "causal_mask", "-length", "3"): "there is no option -length; did you mean --length?",
+    ("show", "causal_mask", "--block_size=3"): "there is no option --block_size; did you mean --block-size?",
+    ("show", "causal_mask", "--zzz"): "there is no option --zzz; there are --help, --length, --shape, --block-size",
+    ("bench", "--lengths", "3"): "there is no option --lengths; did you mean --length?",
+    ("check", "causal_mask", "--doc", "3,2"): "there is no option --doc; did you mean --documents?",
+    ("show", "causal_mask", "more", "words"): "'more words' is too much\nusage: flexattn show [-h] [--length N",
+    ("cache", "list", "--yse"): "there is no option --yse; did you mean --yes?",
+    ("show", "causal_mask", "--length"): "argument --length: a value is missing; write --length N",
+    ("bench", "--length"): "argument --length: a value is missing; write --length N",
     ("show", "causal_mask", "--length", "0"): "argument --length: '0' is no whole number from 1 on, such as 128",
     ("show", "causal_mask", "--length", "12.5"): "'12.5' is no whole number from 1 on",
     ("show", "causal_mask", "--length", "4", "--shape", "4,4"): "argument --shape: not allowed with argument --length",
@@ -89,7 +100,8 @@ MISTAKES = {
     ("show", "causal_mask", "--head", "1"): "--head 1: the mask has 1, counted from 0; --shape B,H,Q,KV gives it more",
     ("show", "softcap(3)"): "softcap(3) takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask is asked for",
     ("show", "own:branches"): f"own.py:{BRANCH} uses `if` on a traced value",
-    ("show", "own:same", "--length", "9"): "own:same: IndexError: the mask reads a captured tensor of shape [5]",
+    ("show", "own:same", "--length", "9"): "own:same: the mask reads ids, a captured tensor of shape [5], at ids[q_idx]",
+    ("diff", "own:same", "causal_mask", "--length", "9"): "the mask reads ids, a captured tensor of shape [5], at ids[q",
     (
         "show",
         "causal_mask",
@@ -139,6 +151,21 @@ def test_a_mistake_is_answered_without_a_traceback(run: Runner, words: tuple[str
         f"flexattn {words[0]}: error: " if known else "flexattn: error: ", ran.err.find("flexattn")
     )
     assert "Traceback" not in ran.err and "Traceback" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("--json", "there are --help, --version"), ("--vers", "did you mean --version?")]
+)
+def test_options_of_a_command_come_after_it(run: Runner, word: str, said: str) -> None:
+    ran = run(word, "show", "causal_mask")
+    assert ran.code == 2
+    assert ran.err == (
+        f"flexattn show: error: there is no option {word} before the command; those of a command come after its name; {said}\n"
+    )
+
+
+def test_what_stands_after_two_dashes_is_no_option(run: Runner) -> None:
+    assert run("show", "--length", "4", "--", "causal_mask").code == 0
 
 
 def test_debug_shows_the_traceback(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

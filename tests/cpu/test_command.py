@@ -100,8 +100,19 @@ MISTAKES = {
     ("show", "causal_mask", "--head", "1"): "--head 1: the mask has 1, counted from 0; --shape B,H,Q,KV gives it more",
     ("show", "softcap(3)"): "softcap(3) takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask is asked for",
     ("show", "own:branches"): f"own.py:{BRANCH} uses `if` on a traced value",
-    ("show", "own:same", "--length", "9"): "own:same: the mask reads ids, a captured tensor of shape [5], at ids[q_idx]",
-    ("diff", "own:same", "causal_mask", "--length", "9"): "the mask reads ids, a captured tensor of shape [5], at ids[q",
+    (
+        "show",
+        "own:same",
+        "--length",
+        "9",
+    ): "own:same: the mask reads ids, a captured tensor of shape [5], at ids[q_idx]",
+    (
+        "diff",
+        "own:same",
+        "causal_mask",
+        "--length",
+        "9",
+    ): "the mask reads ids, a captured tensor of shape [5], at ids[q",
     (
         "show",
         "causal_mask",

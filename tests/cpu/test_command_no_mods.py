@@ -94,8 +94,8 @@ SAID = {
     "odd:window": "odd:window is of type Window, which has a mod as its method: odd:window.mask",
     "odd:Called": "odd:Called makes mods; call it: odd:Called(size)",
     "odd:Module": "odd:Module makes mods; call it: odd:Module(...)",
-    "odd:Plain": "odd:Plain is a class; a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, q_idx, kv_idx). If "
-    "its objects are mods, name one of them: odd:Plain()",
+    "odd:Plain": "odd:Plain is a class; a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, q_idx, kv_idx). "
+    "If its objects are mods, name one of them: odd:Plain()",
     "odd:plain": "odd:plain is of type Plain; a mask_mod, a score_mod or a BlockMask is asked for",
     "odd:table": "odd:table is a dict; a mask_mod, a score_mod or a BlockMask is asked for. Give its entry a name of its own",
     "odd:table.before": "odd:table is a dict, and a path goes through attributes; give its entry a name of its own",
@@ -109,7 +109,8 @@ SAID = {
     "q_idx, kv_idx). Write its parameters out",
     "odd:distance": "returns float32 values\nA mask is boolean",
     "odd:ends": "the code that is named ends Python by sys.exit(7)",
-    "torch:ones": "torch:ones takes (...); a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, q_idx, kv_idx)\n",
+    "torch:ones": "torch:ones takes (...); a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, q_idx, "
+    "kv_idx)\n",
     "leaves:mask": "module 'leaves' ends Python when it is imported, by sys.exit; put what it does as a script under",
     "leaves.py:mask": "'leaves.py' ends Python when it is imported",
     "fails:mask": "module 'fails' cannot be imported: AssertionError, at fails.py:1\n",

@@ -42,8 +42,8 @@ def name_of(mask: Any) -> str:
     """What a mask or a mod is called in a title, and in the name of another one."""
     if isinstance(mask, functools.partial):
         return f"partial({name_of(mask.func)})"
-    # Python's own representation of an object has its address.
-    plain = type(mask).__name__ if type(mask).__repr__ is object.__repr__ else repr(mask)
+    shown = repr(mask)  # that of Python's own has an address
+    plain = type(mask).__name__ if shown == object.__repr__(mask) else shown
     return str(getattr(mask, "__name__", plain))
 
 

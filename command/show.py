@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     place = arguments.batch, arguments.head
     with reading(subject.text):
         formula, keys = explain_mask(whole_mask_mod(mask))
-    counted = pictures.counts(mask, *place)
-    drawn = pictures.block_picture(mask, *place, width())
+    blocks = pictures.cells(mask, *place, width())
+    counted, drawn = pictures.counts(blocks), pictures.block_picture(blocks)
     keep = pictures.elements(mask, *place, width())
     files = _files(mask, arguments)
     sizes = (B, H, *mask.seq_lengths)

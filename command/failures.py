@@ -13,6 +13,7 @@ _REFUSALS = (
     "KernelError",
     "ReachError",
 )  # of the user's mod; by name, as the library need not have been loaded
+_NO_MEMORY = ("MemoryError", "OutOfMemoryError")
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 FINE, DIFFERS, MISTAKE, UNAVAILABLE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -60,6 +61,10 @@ def reading(what: str) -> Iterator[None]:
     except Failure:
         raise
     except Exception as error:
+        if type(error).__name__ in _NO_MEMORY or "can't allocate memory" in str(error):
+            raise Unavailable(
+                f"{what}: there is not enough memory; choose a smaller shape, or larger blocks"
+            ) from error
         where = "" if _is_told(error) else _place(error)
         raise Mistake(f"{what}: {told(error)}{where}") from error
 

@@ -6,7 +6,6 @@ The arguments are read before PyTorch is loaded; each command's file has its opt
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib.metadata
 import os
@@ -65,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys of a query: kv_idx >= q_idx - 63 and kv_idx <= q_idx
         0
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if argv is None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pictures on a terminal that has no such characters
     words = list(sys.argv[1:] if argv is None else argv)
@@ -75,9 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words, name, output)
     except KeyboardInterrupt:
         output.note("interrupted")
+        output.document({"error": {"kind": "interrupted", "message": "interrupted", "exit_code": INTERRUPTED}})
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it does not complain
+        output.close()
         return _BROKEN_PIPE
     except SystemExit as error:
         return _tell(Mistake(f"the code that is named ends Python by sys.exit({error.code!r})"), name, output, debug)
@@ -97,8 +100,7 @@ def _run(words: list[str], name: str, output: Output) -> int:
     if not name:
         parser().print_help(sys.stderr)
         return MISTAKE
-    # What the user's own modules print must not get between the document and its reader.
-    with contextlib.redirect_stdout(sys.stderr) if output.as_json else contextlib.nullcontext():
+    with output.alone():
         return COMMANDS[name].run(arguments, output)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -91,6 +92,14 @@ MISTAKES = {
     ): "'4' is no shape; write Q,KV or B,H,Q,KV, such as 512,1024 or 2,8,512,1024",
     ("show", "causal_mask", "--shape", "4x4"): "'4x4' is no shape",
     ("show", "causal_mask", "--shape", "4,0"): "'4,0' has a size of 0; sizes are 1 or more",
+    (
+        "show",
+        "causal_mask",
+        "--length",
+        "2147483648",
+    ): "2147483648 is too long: positions are 32-bit integers, write 2147483647",
+    ("diff", "causal_mask", "noop_mask", "--shape", "4,2147483648"): "2147483648 is too long: positions are 32-bit",
+    ("bench", "causal_mask", "--length", "2147483648"): "2147483648 is too long: positions are 32-bit integers",
     ("show", "causal_mask", "--head", "-1"): "'-1' is no whole number from 0 on",
     ("show", "causal_mask", "--head", "x"): "'x' is no whole number from 0 on",
     (
@@ -216,6 +225,18 @@ def test_an_interruption_ends_quietly(run: Runner, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(main.COMMANDS, "info", main.COMMANDS["info"]._replace(run=interrupt))
     ran = run("info")
     assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
+    error = run("info", "--json").document["error"]
+    assert error == {"kind": "interrupted", "message": "interrupted", "exit_code": 130}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 40 GB")],
+)
+def test_what_does_not_fit_into_memory_is_no_mistake(error: Exception) -> None:
+    said = "own:mask: there is not enough memory; choose a smaller shape"
+    with pytest.raises(failures.Unavailable, match=said), failures.reading("own:mask"):
+        raise error
 
 
 def test_the_arguments_of_a_process_are_read_from_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +288,28 @@ def test_the_reader_of_a_pipe_may_leave() -> None:
     command = f"{sys.executable} -m flexattn show causal_mask | true; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert ran.stdout.strip() in ("0", "141") and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(("into", "code"), [("/dev/full", 3), ("&-", 0)])
+def test_a_stdout_that_takes_nothing_is_no_error_inside(into: str, code: int) -> None:
+    for option in ("", "--json"):
+        command = f"{sys.executable} -m flexattn diff causal_mask noop_mask --length 2 {option} >{into}; echo $? >&2"
+        ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+        *said, last = ran.stderr.splitlines()
+        assert int(last) == (code or failures.DIFFERS), ran.stderr
+        full = "flexattn diff: error: the result cannot be written to stdout: No space left on device"
+        assert said == ([full] if code else [])
+
+
+def test_with_json_stdout_is_one_document_whatever_is_written_there(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import os, sys\nprint('a')\nos.write(1, b'b\\n')\nsys.__stdout__.write('c\\n')\n"
+        "def mask(b, h, q_idx, kv_idx):\n    os.system('echo d')\n    return q_idx > kv_idx\n"
+    )
+    words = [sys.executable, "-m", "flexattn", "show", "loud:mask", "--length", "2", "--json"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert json.loads(ran.stdout)["elements"] == [[0, 0], [1, 0]]
+    assert {"a", "b", "c", "d"} <= set(ran.stderr.split())
 
 
 def test_a_program_of_that_name_has_the_whole_package() -> None:

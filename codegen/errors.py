@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from .formula import inline
+from .ir import Node, Op
+
 
 class TraceError(Exception):
     """A `score_mod` or `mask_mod` that cannot be traced.
@@ -31,6 +36,41 @@ class TraceError(Exception):
     def at(self, place: str, source: str) -> TraceError:
         """The same error with its place in the user's code."""
         return TraceError(self.what, self.why, self.instead, place, source)
+
+
+class ReachError(IndexError):
+    """A mask that reads beyond a captured tensor.
+
+    Raised in an operator, which knows captured tensors by number; who called it with a mask adds the user's name.
+
+    Args:
+        load: the graph of the element that is read.
+        tensor: what it is read from.
+        dim: the dimension whose index goes too far.
+        end: how far it goes.
+        name: what the user calls the tensor.
+    """
+
+    def __init__(self, load: Node, tensor: Tensor, dim: int, end: int, name: str = "") -> None:
+        self.load, self.tensor, self.dim, self.end = load, tensor, dim, end
+        base, index = load.args[0], load.args[1 + dim]
+        place, n = inline(index), tensor.shape[dim]
+        bounded = place if index.op is Op.INPUT else f"({place})"
+        what = f"a captured tensor of shape {list(tensor.shape)}"
+        super().__init__(
+            f"the mask reads {f'{name}, {what},' if name else what} at {inline(load, {inline(base): name} if name else None)}, "
+            f"where {place} goes to {end}, beyond dimension {dim} of size {n}. Give the tensor an entry for every position, or "
+            f"keep the index within it, e.g. {bounded}.clamp(0, {max(n - 1, 0)})"
+        )
+
+    @property
+    def number(self) -> str:
+        """The tensor in the program: c0, c1, ..."""
+        return inline(self.load.args[0])
+
+    def named(self, name: str | None) -> ReachError:
+        """The same error with the user's name of the tensor; itself without one."""
+        return ReachError(self.load, self.tensor, self.dim, self.end, name) if name else self
 
 
 class UnsupportedTorch(RuntimeError):

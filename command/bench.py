@@ -9,7 +9,7 @@ from .failures import DIFFERS, FINE, Mistake
 from .options import MASK_HELP, MOD_HELP, Command, add_device, add_dtype, notation
 from .options import device as chosen_device
 from .output import Output, table
-from .shapes import positive, seconds
+from .shapes import positions, positive, seconds
 
 if TYPE_CHECKING:
     from .contenders import Problem
@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", type=notation, metavar="MASK", help=f"with score_mods: {MASK_HELP}")
     parser.add_argument(
         "--length",
-        type=positive,
+        type=positions,
         nargs="+",
         metavar="N",
         help="queries and keys; may be several (default: of the tensors that are read, or 1024, on a GPU 4096)",

@@ -19,9 +19,8 @@ from flexattn.mask_algebra import whole_mask_mod
 
 from .failures import Failure, Mistake, told
 from .imported import imported
+from .no_mods import ROLES, parameters, why_no_mod
 from .notation import Call, Combined, Literal, Name, Notation, NotationError, Reference, Tree
-
-_ROLES = {4: "mask_mod", 5: "score_mod"}
 
 
 class Subject(NamedTuple):
@@ -60,7 +59,7 @@ def mask(notation: Notation) -> Subject:
     found = subject(notation)
     if found.role == "score_mod":
         raise Mistake(
-            f"{notation.text} takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask is asked for, "
+            f"{notation.text} takes ({', '.join(parameters(found.value))}): it is a score_mod, and a mask is asked for, "
             "(b, h, q_idx, kv_idx) -> bool"
         )
     return found
@@ -127,24 +126,10 @@ class _Builder:
             made = BlockMask.from_torch(made)
         if isinstance(made, BlockMask):
             return Subject(self.text, "block_mask", made)
-        count = positional_count(made) if callable(made) and not isinstance(made, type) else None
-        if count not in _ROLES:
-            raise self.error(self.no_mod(tree, made), tree.place)
-        return Subject(self.text, _ROLES[count], made)
-
-    def no_mod(self, tree: Tree, made: Any) -> str:
-        """Why a value is neither a mask nor a score_mod."""
-        name = _text(tree)
-        if not callable(made):
-            return f"{name} is of type {type(made).__name__}; a mask_mod, a score_mod or a BlockMask is asked for"
-        parameters = _parameters(made)
-        factory = (
-            f"If it makes one, call it: {name}({', '.join(parameters)})" if isinstance(tree, (Name, Reference)) else ""
-        )
-        takes = f"takes ({', '.join(parameters)})"
-        return (
-            f"{name} {takes}; a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, q_idx, kv_idx). {factory}"
-        ).rstrip()
+        refused = why_no_mod(_text(tree), made, isinstance(tree, (Name, Reference)))
+        if refused:
+            raise self.error(refused, tree.place)
+        return Subject(self.text, ROLES[positional_count(made)], made)
 
     def build(self, tree: Tree) -> Any:
         if isinstance(tree, Literal):
@@ -186,7 +171,7 @@ class _Builder:
         except Failure:
             raise
         except TypeError as error:
-            takes = f"{name}({', '.join(_parameters(function, all_of_them=True))})"
+            takes = f"{name}({', '.join(parameters(function, all_of_them=True))})"
             raise self.error(f"{told(error)}; write {takes}", tree.place) from error
         except Exception as error:
             raise self.error(f"{name}: {told(error)}", tree.place) from error
@@ -202,7 +187,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {"&": masks.and_masks, "|": masks
 
 def _is_mod(function: Any) -> bool:
     """Whether it is a mod by itself, and no factory: a factory of four parameters calls none of them kv_idx."""
-    return not isinstance(function, type) and positional_count(function) in _ROLES and "kv_idx" in _parameters(function)
+    return not isinstance(function, type) and positional_count(function) in ROLES and "kv_idx" in parameters(function)
 
 
 def _converted(
@@ -221,20 +206,6 @@ def _converted(
         elif isinstance(given, list) and "tuple" in annotation:
             bound.arguments[name] = tuple(given)
     return list(bound.args), dict(bound.kwargs)
-
-
-def _parameters(function: Any, all_of_them: bool = False) -> list[str]:
-    """The names of what a callable takes; those that have no default, unless `all_of_them`."""
-    try:
-        found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return ["..."]
-    star: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return [
-        star.get(p.kind, "") + p.name + ("" if p.default is p.empty else f"={p.default}")
-        for p in found
-        if all_of_them or p.default is p.empty
-    ]
 
 
 def _text(tree: Tree) -> str:

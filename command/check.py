@@ -12,7 +12,7 @@ from .failures import DIFFERS, FINE, Mistake, Unavailable, reading, told
 from .options import BACKENDS, MASK_HELP, MOD_HELP, Command, add_device, add_dtype, notation, one_of
 from .options import device as chosen_device
 from .output import Output
-from .shapes import add_shape, chosen, positive
+from .shapes import add_shape, chosen, index, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,16 +35,29 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", type=one_of(BACKENDS), default="auto", metavar="NAME", help=", ".join(BACKENDS))
     parser.add_argument(
         "--documents",
-        type=documents,
+        type=ids,
         metavar="LENGTHS",
         help="no document may see another one, and with batch_invariant= each gets the same bits in any packing: lengths such "
         "as 60,40,60, or MODULE:NAME of ids or of a Documents",
     )
     parser.add_argument("--causal", action="store_true", help="no query may see a later key")
+    parser.add_argument(
+        "--within",
+        type=ids,
+        metavar="IDS",
+        help="with --causal: positions with the same id, 0 or more, may see each other both ways, as those of an image: "
+        "MODULE:NAME of ids, or lengths",
+    )
+    parser.add_argument(
+        "--offset",
+        type=index,
+        metavar="N",
+        help="with --causal: where the first query stands among the keys (default: 0)",
+    )
 
 
-def documents(text: str) -> Any:
-    """`--documents`: lengths, or a notation."""
+def ids(text: str) -> Any:
+    """`--documents` and `--within`: lengths, or a notation."""
     words = text.replace(" ", "").split(",")
     if all(re.fullmatch(r"\d+", w) for w in words):
         return [int(w) for w in words]
@@ -59,19 +72,23 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Print a line a check."""
     import torch
 
-    from .checks import CHECKS, Case
+    from .checks import CHECKS, Case, Causal
     from .pairs import pair
 
+    for name in ("within", "offset"):
+        if getattr(arguments, name) is not None and not arguments.causal:
+            raise Mistake(f"--{name} says what --causal allows; write --causal too")
     device = chosen_device(arguments.device)
     with torch.device(device):  # so that tensors that a mod makes are where the query is
         mods = pair(arguments.mod, arguments.mask)
-        ids = None if arguments.documents is None else _ids(arguments.documents).to(device)
+        documents, within = (_read_ids(name, getattr(arguments, name), device) for name in ("documents", "within"))
     if mods.block_mask is not None:
         mods = mods._replace(block_mask=mods.block_mask.to(device))
     dtype = getattr(torch, arguments.dtype or "float32")
-    sizes = _sizes(arguments, mods, ids)
+    sizes = _sizes(arguments, mods, documents, within)
     _check_backend(arguments.backend, dtype, arguments.head_dim, device)
-    case = Case(mods, sizes, dtype, device, arguments.backend, ids, arguments.causal)
+    causal = Causal(within, arguments.offset or 0) if arguments.causal else None
+    case = Case(mods, sizes, dtype, device, arguments.backend, documents, causal)
     named = ", ".join(f"{name}={n}" for name, n in sizes._asdict().items())
     output.line(f"{mods.text}: {named}, {arguments.dtype or 'float32'}, {device}")
     done: list[Outcome] = []
@@ -114,31 +131,33 @@ def _tell(done: Outcome, output: Output, debug: bool) -> None:
             traceback.print_exception(done.error)
 
 
-def _ids(given: Any) -> Tensor:
-    """[S] or [B, S] int32 ids, of lengths or of what a notation names."""
+def _read_ids(name: str, given: Any, device: str) -> Tensor | None:
+    """[S] or [B, S] integer ids on a device, of lengths or of what a notation names; None if the option was not given."""
     import torch
 
     from flexattn.documents import Documents
 
     from .build import value
 
+    if given is None:
+        return None
     if isinstance(given, list):
-        return Documents.from_lengths(given).document_ids
+        return Documents.from_lengths(given).document_ids.to(device)
     found = value(given)
     if isinstance(found, Documents):
-        return found.document_ids
-    with reading(f"--documents {given.text}"):
+        return found.document_ids.to(device)
+    with reading(f"--{name} {given.text}"):
         ids = torch.as_tensor(found)
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype is torch.bool:
             raise Mistake(
-                f"--documents {given.text}: a {ids.dtype} of shape {list(ids.shape)}; ids are integers, [S] or [B, S], or name "
+                f"--{name} {given.text}: a {ids.dtype} of shape {list(ids.shape)}; ids are integers, [S] or [B, S], or name "
                 "a flexattn.Documents, or write lengths: 60,40,60"
             )
-    return ids
+    return ids.to(device)
 
 
-def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Sizes:
-    """The problem: as said, else of what the mods and the documents are made for, else that of `Sizes`."""
+def _sizes(arguments: argparse.Namespace, mods: Pair, documents: Tensor | None, within: Tensor | None) -> Sizes:
+    """The problem: as said, else of what the mods and the ids are made for, else that of `Sizes`."""
     from flexattn.testing import Sizes
 
     from .build import read_sizes
@@ -149,14 +168,17 @@ def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Siz
         B, H = mods.block_mask.sizes
         known |= dict(zip(("q_idx", "kv_idx"), mods.block_mask.seq_lengths, strict=True))
         known |= {name: n for name, n in (("b", B), ("h", H)) if n > 1}
-    if ids is not None:
-        known |= {"q_idx": ids.shape[-1], "kv_idx": ids.shape[-1]} | ({"b": ids.shape[0]} if ids.dim() == 2 else {})
+    offset = arguments.offset or 0
+    for ids, first in ((within, offset), (documents, 0)):
+        if ids is not None:
+            known |= {"q_idx": max(1, ids.shape[-1] - first), "kv_idx": ids.shape[-1]}
+            known |= {"b": ids.shape[0]} if ids.dim() == 2 else {}
     said = chosen(arguments)
     if said is not None:
         for name, n in (("q_idx", said.Q_LEN), ("kv_idx", said.KV_LEN)):
-            if ids is not None and n != ids.shape[-1]:
+            if documents is not None and n != documents.shape[-1]:
                 raise Mistake(
-                    f"--documents has {ids.shape[-1]} tokens, the shape {n} queries or keys; leave the shape out"
+                    f"--documents has {documents.shape[-1]} tokens, the shape {n} queries or keys; leave the shape out"
                 )
             known[name] = n
         known |= {name: n for name, n in (("b", said.B), ("h", said.H)) if n is not None}
@@ -171,6 +193,12 @@ def _sizes(arguments: argparse.Namespace, mods: Pair, ids: Tensor | None) -> Siz
         sizes.check()
     except ValueError as error:
         raise Mistake(f"--kv-heads {kv_heads}: {error}") from error
+    places = max(sizes.L + offset, sizes.S)
+    if within is not None and (within.shape[-1] < places or (within.dim() == 2 and len(within) != sizes.B)):
+        raise Mistake(
+            f"--within has ids {list(within.shape)}, and there are {sizes.B} batch entries of {places} positions; give an id "
+            "for each, [S], or [B, S]"
+        )
     return sizes
 
 

@@ -26,6 +26,13 @@ from .pairs import Pair
 _SMALL = Sizes(2, 64, 64, 20, 24, 8, 8)  # of finite differences, which take a run for each entry that is moved
 
 
+class Causal(NamedTuple):
+    """What a query may see of the future: `within` and `offset` of `assert_causal`."""
+
+    within: Tensor | None
+    offset: int
+
+
 class Case(NamedTuple):
     """What is checked.
 
@@ -35,7 +42,7 @@ class Case(NamedTuple):
         dtype, device: of the query.
         backend: as of `flex_attention`.
         documents: ids, [S] or [B, S], or None.
-        causal: whether no query may see a later key.
+        causal: whether no query may see a later key, and which it may; None to leave that check out.
     """
 
     mods: Pair
@@ -44,7 +51,7 @@ class Case(NamedTuple):
     device: str
     backend: str
     documents: Tensor | None
-    causal: bool
+    causal: Causal | None
 
 
 class Outcome(NamedTuple):
@@ -187,8 +194,9 @@ def _moved(pair: Pair, row: int, order: Tensor) -> Callable[[Tensor], tuple[Any,
 
 
 def _causal(case: Case) -> None:
+    assert case.causal is not None
     sizes = case.sizes
-    assert_causal(_mask(case), (sizes.B, sizes.Hq, sizes.L, sizes.S), device=case.device)
+    assert_causal(_mask(case), (sizes.B, sizes.Hq, sizes.L, sizes.S), device=case.device, **case.causal._asdict())
 
 
 def _no_documents(case: Case) -> str:
@@ -223,6 +231,6 @@ CHECKS = (
         "causal",
         "no query sees a later key",
         _causal,
-        lambda case: "" if case.causal else "not asked for: --causal",
+        lambda case: "" if case.causal is not None else "not asked for: --causal",
     ),
 )

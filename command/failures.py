@@ -8,6 +8,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_REFUSALS = (
+    "TraceError",
+    "KernelError",
+    "ReachError",
+)  # of the user's mod; by name, as the library need not have been loaded
+_NO_MEMORY = ("MemoryError", "OutOfMemoryError")
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 FINE, DIFFERS, MISTAKE, UNAVAILABLE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -55,8 +61,20 @@ def reading(what: str) -> Iterator[None]:
     except Failure:
         raise
     except Exception as error:
+        if type(error).__name__ in _NO_MEMORY or "can't allocate memory" in str(error):
+            raise Unavailable(
+                f"{what}: there is not enough memory; choose a smaller shape, or larger blocks"
+            ) from error
         where = "" if _is_told(error) else _place(error)
         raise Mistake(f"{what}: {told(error)}{where}") from error
+
+
+def raised(error: BaseException) -> str:
+    """An exception of the user's own code in words: its name, its text, and where it was raised."""
+    if is_refusal(error) or isinstance(error, Failure):
+        return str(error)
+    text = str(error).strip()
+    return f"{type(error).__name__}{f': {text}' if text else ''}{_place(error)}"
 
 
 def told(error: BaseException) -> str:
@@ -67,10 +85,14 @@ def told(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether the library refuses a mod that it was given, in a text that says which."""
+    return any(c.__name__ in _REFUSALS for c in type(error).__mro__)
+
+
 def _is_told(error: BaseException) -> bool:
     """Whether the text of an exception is made for people."""
-    made = ("TraceError", "ValueError", "KernelError")
-    return isinstance(error, (AssertionError, Failure)) or type(error).__name__ in made
+    return isinstance(error, (AssertionError, Failure)) or type(error).__name__ == "ValueError" or is_refusal(error)
 
 
 def _place(error: BaseException) -> str:

@@ -7,11 +7,12 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .failures import Mistake, told
+from .failures import Mistake, raised
 
 
 def imported(source: str, name: str) -> Any:
@@ -22,12 +23,21 @@ def imported(source: str, name: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            names = [n for n in dir(found) if not n.startswith("_")]
-            close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
-            said = f"did you mean {close[0]}?" if close else f"it has {_listed(names)}"
-            raise Mistake(f"{reached} has no {part!r}; {said}") from None
+            raise Mistake(_not_there(found, reached, part)) from None
         reached = f"{reached}:{part}" if reached == source else f"{reached}.{part}"
     return found
+
+
+def _not_there(found: Any, reached: str, part: str) -> str:
+    """What is said where `found`, which was reached by that text, has no such attribute."""
+    if isinstance(found, (Mapping, Sequence)):
+        return (
+            f"{reached} is a {type(found).__name__}, and a path goes through attributes; give its entry a name of its own in "
+            "the module"
+        )
+    names = [n for n in dir(found) if not n.startswith("_")]
+    close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
+    return f"{reached} has no {part!r}; {f'did you mean {close[0]}?' if close else f'it has {_listed(names)}'}"
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
@@ -42,14 +52,28 @@ def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            raise Mistake(f"module {name!r} cannot be imported: {told(error)}") from error
-        raise Mistake(
-            f"there is no module {name!r} in this folder or on the Python path; a file is named by its path: "
-            f"{error.name.replace('.', '/')}.py:NAME"
-        ) from error
+        missing = error.name
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
+            raise _fallen(f"module {name!r}", error) from error
     except (Exception, SystemExit) as error:
-        raise Mistake(f"module {name!r} cannot be imported: {told(error)}") from error
+        raise _fallen(f"module {name!r}", error) from error
+    package, _, rest = missing.rpartition(".")
+    if package in sys.modules and not hasattr(sys.modules[package], "__path__"):
+        raise Mistake(f"{package!r} is a module and no package, so that there is no {name!r}; write {package}:NAME")
+    stems = [p.stem for p in Path.cwd().glob("*.py")]
+    close = difflib.get_close_matches(rest, stems, n=1, cutoff=0.7) if not package else []
+    said = f"did you mean {close[0]}?" if close else f"a file is named by its path: {missing.replace('.', '/')}.py:NAME"
+    raise Mistake(f"there is no module {name!r} in this folder or on the Python path; {said}")
+
+
+def _fallen(what: str, error: BaseException) -> Mistake:
+    """A module that raised while it was imported."""
+    if isinstance(error, SystemExit):
+        return Mistake(
+            f"{what} ends Python when it is imported, by sys.exit; put what it does as a script under "
+            'if __name__ == "__main__":'
+        )
+    return Mistake(f"{what} cannot be imported: {raised(error)}")
 
 
 def _file(text: str) -> ModuleType:
@@ -71,5 +95,5 @@ def _file(text: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise Mistake(f"{text!r} cannot be imported: {told(error)}") from error
+        raise _fallen(repr(text), error) from error
     return module

@@ -6,7 +6,6 @@ The arguments are read before PyTorch is loaded; each command's file has its opt
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib.metadata
 import os
@@ -15,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import bench, cache, check, diff, explain, info, show
-from .failures import EXIT_CODES, FINE, INTERNAL, INTERRUPTED, MISTAKE, Failure, Mistake, told
+from .failures import EXIT_CODES, FINE, INTERNAL, INTERRUPTED, MISTAKE, Failure, Mistake, is_refusal, told
 from .options import Command, Parser
 from .output import Output
 
@@ -23,7 +22,6 @@ COMMANDS: dict[str, Command] = {
     c.name: c for c in (m.COMMAND for m in (info, show, diff, explain, check, bench, cache))
 }
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell gives a command whose reader went away
-_REFUSALS = ("TraceError", "KernelError")  # of the user's mod; others are mistakes only inside `reading`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys of a query: kv_idx >= q_idx - 63 and kv_idx <= q_idx
         0
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if argv is None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # pictures on a terminal that has no such characters
     words = list(sys.argv[1:] if argv is None else argv)
@@ -76,10 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words, name, output)
     except KeyboardInterrupt:
         output.note("interrupted")
+        output.document({"error": {"kind": "interrupted", "message": "interrupted", "exit_code": INTERRUPTED}})
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it does not complain
+        output.close()
         return _BROKEN_PIPE
+    except SystemExit as error:
+        return _tell(Mistake(f"the code that is named ends Python by sys.exit({error.code!r})"), name, output, debug)
     except Exception as error:
         return _tell(error, name, output, debug)
 
@@ -96,8 +100,7 @@ def _run(words: list[str], name: str, output: Output) -> int:
     if not name:
         parser().print_help(sys.stderr)
         return MISTAKE
-    # What the user's own modules print must not get between the document and its reader.
-    with contextlib.redirect_stdout(sys.stderr) if output.as_json else contextlib.nullcontext():
+    with output.alone():
         return COMMANDS[name].run(arguments, output)
 
 
@@ -106,7 +109,7 @@ def _tell(error: Exception, name: str, output: Output, debug: bool) -> int:
     prefix = f"flexattn {name}" if name in COMMANDS else "flexattn"
     if isinstance(error, Failure):
         code, kind = error.code, error.kind
-    elif any(c.__name__ in _REFUSALS for c in type(error).__mro__):  # the library refuses what it was given
+    elif is_refusal(error):  # other exceptions of the user's code are mistakes only inside `reading`
         code, kind = MISTAKE, Mistake.kind
     else:
         code, kind = INTERNAL, Failure.kind

@@ -32,6 +32,8 @@ _REFERENCE = re.compile(
     r"""|(?P<source>(?:[A-Za-z]:(?=[\\/])|~(?=/))?[^\s:&|~(),'"\[\]{}=]+\.py|(?<![\w.])[A-Za-z_]\w*(?:\.\w+)*)"""
     r""":(?P<name>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)"""
 )
+_UNNAMED = re.compile(r"[\w./\\-]*[\w]:(?=\s*($|[)&|,]))")  # in what Python's parser refuses: no slice, no dict
+_FILE = re.compile(r"(?P<stem>[\w./-]+?)(?:\.py)?(?::(?P<name>[\w.]+))?(?=$|[\s&|)])")
 FORMS = (
     "a mask of flexattn.masks (causal_mask, 'sliding_window(64)', 'document_mask([0, 0, 1])', 'documents(3, 2, 5)'), a mod of "
     "flexattn.mods ('softcap(30)'), MODULE:NAME, PATH.py:NAME, a factory of these with literal arguments "
@@ -129,6 +131,12 @@ class _Reader:
             raise
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             offset = getattr(error, "offset", None) or len(self.text) + 1  # none, or 0, is the end
+            unnamed = _UNNAMED.search(code)
+            if unnamed:
+                raise self.error(
+                    f"the name is missing after {unnamed[0]} Write {unnamed[0]}NAME, the name of a mask or a mod in it",
+                    unnamed.start(),
+                ) from None
             what = (getattr(error, "msg", "") or type(error).__name__).rstrip(".?")
             raise self.error(f"not understood: {what}. Write {FORMS}", min(offset - 1, len(self.text))) from None
         if isinstance(made, Literal):
@@ -151,7 +159,8 @@ class _Reader:
     def read(self, node: ast.expr) -> Tree:
         reader = _READERS.get(type(node))
         if reader is None:
-            raise self.error(f"{_kind(node)} means nothing here. Write {FORMS}", self.place(node))
+            instead = _INSTEAD.get(type(node), f"Write {FORMS}")
+            raise self.error(f"{_kind(node)} means nothing here. {instead}", self.place(node))
         return reader(self, node)
 
     def name(self, node: Any) -> Tree:
@@ -192,6 +201,9 @@ class _Reader:
     def binary(self, node: Any) -> Tree:
         sign = {ast.BitAnd: "&", ast.BitOr: "|"}.get(type(node.op))
         if sign is None:
+            file = _FILE.match(self.text, self.place(node))
+            if isinstance(node.op, ast.Div) and file:
+                raise self.error(f"a function of a file is {file['stem']}.py:{file['name'] or 'NAME'}", file.start())
             raise self.error(f"{_kind(node)} means nothing here. Combine masks by &, | and ~", self.place(node))
         return Combined(sign, self.masks(node.left, node.right), self.place(node))
 
@@ -233,6 +245,12 @@ _READERS: dict[type[ast.expr], Callable[[_Reader, Any], Tree]] = {
     ast.List: _Reader.literal,
     ast.Tuple: _Reader.literal,
     ast.Dict: _Reader.literal,
+}
+
+
+_INSTEAD: dict[type[ast.expr], str] = {
+    ast.Subscript: "Give what it finds a name of its own in its module, and write MODULE:NAME",
+    ast.Lambda: "Write the function in a file, and name it: PATH.py:NAME",
 }
 
 

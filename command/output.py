@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
+
+from .failures import Unavailable
 
 SCHEMA = 1  # of the JSON documents; a key that changes its meaning, or goes, makes it the next number
 _NARROWEST, _WIDEST = 40, 160
@@ -26,18 +30,59 @@ class Output:
     def __init__(self, command: str, as_json: bool) -> None:
         self.command, self.as_json = command, as_json
         self._stdout = sys.stdout  # with --json, what others print goes elsewhere
+        self._is_open = True
         self._started = time.monotonic()
 
     def line(self, text: str = "") -> None:
         """A line of the result, unless it is JSON."""
         if not self.as_json:
-            print(text, file=self._stdout, flush=True)
+            self._write(text)
 
     def document(self, content: Mapping[str, Any]) -> None:
         """The result for --json: one document, whose first keys are `schema` and `command`."""
         if self.as_json:
             whole = {"schema": SCHEMA, "command": self.command, **content}
-            print(json.dumps(plain(whole), allow_nan=False), file=self._stdout, flush=True)
+            self._write(json.dumps(plain(whole), allow_nan=False))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, with --json, nothing but the document gets to stdout: what others write there goes to stderr."""
+        if not self.as_json:
+            yield
+            return
+        with redirect_stdout(sys.stderr):
+            try:
+                theirs, ours = self._stdout.fileno(), sys.stderr.fileno()
+            except (OSError, ValueError):  # no files, as in a test
+                yield
+                return
+            stdout, kept = self._stdout, os.dup(theirs)
+            stdout.flush()
+            os.dup2(ours, theirs)  # for what does not go through Python's stdout
+            try:
+                with os.fdopen(kept, "w", encoding="utf-8", closefd=False) as self._stdout:
+                    yield
+            finally:
+                self._stdout = stdout
+                os.dup2(kept, theirs)
+                os.close(kept)
+
+    def close(self) -> None:
+        """Let go of a stdout that takes nothing any more, so that Python does not complain as it ends."""
+        self._is_open = False
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+
+    def _write(self, text: str) -> None:
+        if not self._is_open:
+            return
+        try:
+            print(text, file=self._stdout, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.close()
+            raise Unavailable(f"the result cannot be written to stdout: {error.strerror}") from None
 
     def progress(self, text: str) -> None:
         """What is being done, on stderr: for somebody who watches a terminal, or where it takes long."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from flexattn.block_mask import BlockMask
-from flexattn.block_mask_cells import gathered_blocks
+from flexattn.block_mask_cells import Cells, gathered_blocks
 from flexattn.create import create_mask
 from flexattn.mask_algebra import whole_mask_mod
 
@@ -24,17 +24,20 @@ class Blocks(NamedTuple):
     empty: int
 
 
-def counts(mask: BlockMask, batch: int, head: int) -> Blocks:
-    """The blocks of one batch entry and head."""
-    cells = gathered_blocks(mask, batch, head, (1, 1))[0]
-    full, partial, things = (int(t.sum()) for t in (cells.full, cells.partial, cells.things))
+def cells(mask: BlockMask, batch: int, head: int, width: int) -> Cells:
+    """The blocks of one batch entry and head, gathered so that no line of their picture is longer than `width`."""
+    return gathered_blocks(mask, batch, head, (ROWS, min(ROWS, width // _PER_CELL)))[0]
+
+
+def counts(blocks: Cells) -> Blocks:
+    """How many there are of each kind."""
+    full, partial, things = (int(t.sum()) for t in (blocks.full, blocks.partial, blocks.things))
     return Blocks(full, partial, things - full - partial)
 
 
-def block_picture(mask: BlockMask, batch: int, head: int, width: int) -> str:
-    """The blocks: `█` where all of a cell's are full, `·` where all are empty, else `▒`. No line is longer than `width`."""
-    cells = gathered_blocks(mask, batch, head, (ROWS, min(ROWS, width // _PER_CELL)))[0]
-    signs = torch.where(cells.full == cells.things, 2, (cells.visited > 0).long())
+def block_picture(blocks: Cells) -> str:
+    """`█` where all of a cell's blocks are full, `·` where all are empty, else `▒`."""
+    signs = torch.where(blocks.full == blocks.things, 2, (blocks.visited > 0).long())
     return _drawn(signs, EMPTY + PARTIAL + FULL)
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import NamedTuple
 
 DEFAULT_LENGTH = 1024
+_LONGEST = 2**31 - 1  # positions are int32
 
 
 class Shape(NamedTuple):
@@ -32,6 +33,8 @@ def shape(text: str) -> Shape:
     numbers = [int(w) for w in words]
     if 0 in numbers:
         raise argparse.ArgumentTypeError(f"{text!r} has a size of 0; sizes are 1 or more")
+    for n in numbers:
+        _check_length(n)
     return Shape(None, None, *numbers) if len(numbers) == 2 else Shape(*numbers)
 
 
@@ -40,6 +43,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on, such as 128")
     return int(text)
+
+
+def positions(text: str) -> int:
+    """`--length`: a number of positions."""
+    return _check_length(positive(text))
+
+
+def _check_length(n: int) -> int:
+    if n > _LONGEST:
+        raise argparse.ArgumentTypeError(f"{n} is too long: positions are 32-bit integers, write {_LONGEST} at most")
+    return n
 
 
 def index(text: str) -> int:
@@ -63,7 +77,7 @@ def seconds(text: str) -> float:
 def add_shape(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --length and --shape, of which one may be given; `default` says what happens without."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--length", type=positive, metavar="N", help=f"queries and keys ({default})")
+    group.add_argument("--length", type=positions, metavar="N", help=f"queries and keys ({default})")
     group.add_argument("--shape", type=shape, metavar="SHAPE", help="Q,KV or B,H,Q,KV, in place of --length")
 
 

@@ -14,6 +14,8 @@ from .shapes import add_shape, chosen, index, positive
 if TYPE_CHECKING:
     from flexattn.block_mask import BlockMask
 
+_LABELS = {"simplified": "simplified", "keys of a query": "keys", "no mask": "keys"}
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The mask, its shape, and what is drawn."""
@@ -44,8 +46,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     place = arguments.batch, arguments.head
     with reading(subject.text):
         formula, keys = explain_mask(whole_mask_mod(mask))
-    counted = pictures.counts(mask, *place)
-    drawn = pictures.block_picture(mask, *place, width())
+    blocks = pictures.cells(mask, *place, width())
+    counted, drawn = pictures.counts(blocks), pictures.block_picture(blocks)
     keep = pictures.elements(mask, *place, width())
     files = _files(mask, arguments)
     sizes = (B, H, *mask.seq_lengths)
@@ -95,7 +97,7 @@ def _labelled(label: str, text: str) -> list[tuple[str, str]]:
 def _labelled_line(line: str) -> tuple[str, str]:
     """A line of `Explanation.blocks`: "simplified: ..." or "keys of a query: ..."."""
     label, _, text = line.partition(": ")
-    return (label.split(" ")[0], text) if text else ("", line)
+    return _LABELS[label], text
 
 
 def _files(mask: BlockMask, arguments: argparse.Namespace) -> list[str]:

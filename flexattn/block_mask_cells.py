@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .block_lists import dense
 from .codegen.evaluate import Inputs, evaluate
 from .codegen.pipeline import variant
 from .codegen.trace import trace
@@ -156,11 +155,21 @@ def gathered_blocks(mask: BlockMask, batch: int, head: int, limits: tuple[int, i
     rows, columns = _grid(mask)
     row_edges, column_edges = _edges(rows, limits[0]), _edges(columns, limits[1])
     heights, widths = (_sizes(n, size) for n, size in zip(mask.seq_lengths, mask.BLOCK_SIZE, strict=True))
-    sums = torch.zeros(2, len(row_edges) - 1, len(column_edges) - 1, dtype=torch.int64, device="cpu")
+    R, C = len(row_edges) - 1, len(column_edges) - 1
+    cell_rows = _cell_of(torch.arange(rows, device="cpu"), row_edges)
+    cell_columns = _cell_of(torch.arange(columns + 1, device="cpu"), column_edges)  # the last one is of no block
+    widths = torch.nn.functional.pad(widths, (0, 1))
+    sums = torch.zeros(2, R, C, dtype=torch.int64, device="cpu")
     visited = 0.0
-    for start, band in _bands(mask, batch, head):
-        _add(sums, band, start, row_edges, column_edges)
-        visited += (heights[start : start + band.shape[1]] @ (band.any(0).double() @ widths)).item()
+    for start, kinds in _listed_blocks(mask, batch, head):
+        for kind, listed in enumerate(kinds):
+            stop = start + len(listed)
+            counted = torch.zeros(len(listed), C + 1, dtype=torch.int64, device="cpu")
+            counted.scatter_add_(
+                1, cell_columns[listed], torch.ones((), dtype=torch.int64, device="cpu").expand_as(listed)
+            )
+            sums[kind].index_add_(0, cell_rows[start:stop], counted[:, :C])
+            visited += (heights[start:stop] @ widths[listed].sum(-1)).item()
     elements = mask.seq_lengths[0] * mask.seq_lengths[1]
     cells = _cells(sums, (row_edges, column_edges), (0, 0), mask.BLOCK_SIZE, mask.seq_lengths)
     return cells, 100.0 * (1.0 - visited / elements) if elements else 0.0
@@ -196,15 +205,38 @@ def _of(lists: Tensor, batch: int, head: int) -> Tensor:
     return lists[min(batch, lists.shape[0] - 1), min(head, lists.shape[1] - 1)]
 
 
-def _bands(mask: BlockMask, batch: int, head: int) -> Iterator[tuple[int, Tensor]]:
-    """The first row of some rows of blocks, and which of their blocks are partial and full, [2, n, columns] bool."""
+def _listed_blocks(mask: BlockMask, batch: int, head: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """The first of some rows of blocks, and the columns of their partial and of their full blocks, [n, any] int64.
+
+    Each block is there once, as partial if it is in both lists; entries without meaning are the number of columns.
+    """
     rows, columns = _grid(mask)
-    step = max(1, _CHUNK // max(columns, 1))
-    lists = [_of(t, batch, head)[None, None] for t in mask.kv_lists()]
+    lists = [_of(t, batch, head) for t in mask.kv_lists()]
+    step = max(1, _CHUNK // max(1, *(index.shape[-1] for index in lists[1::2])))
     for start in range(0, rows, step):
-        some = [t[:, :, start : start + step].cpu() for t in lists]
-        partial, *full = [dense(n, i, columns)[0, 0] for n, i in zip(some[0::2], some[1::2], strict=True)]
-        yield start, torch.stack([partial, full[0] & ~partial if full else torch.zeros_like(partial)])
+        some = [t[start : start + step].cpu() for t in lists]
+        partial, *more = [_ascending(n, i, columns) for n, i in zip(some[0::2], some[1::2], strict=True)]
+        for full in more:
+            if full.numel():
+                at = torch.searchsorted(full, partial).clamp_max(full.shape[-1] - 1)
+                row, twice = (full.gather(-1, at) == partial).nonzero().unbind(-1)
+                full[row, at[row, twice]] = columns
+        yield start, [partial, *more]
+
+
+def _ascending(count: Tensor, index: Tensor, columns: int) -> Tensor:
+    """The columns that rows list, ascending and each once; then `columns`."""
+    used = torch.arange(index.shape[-1], device="cpu") < count.unsqueeze(-1)
+    found = torch.where(used, index, columns).long()
+    if bool(((found[:, 1:] > found[:, :-1]) | (found[:, 1:] == columns)).all()):
+        return found
+    found = found.sort(-1).values
+    found[:, 1:][found[:, 1:] == found[:, :-1]] = columns
+    return found.sort(-1).values
+
+
+def _cell_of(places: Tensor, edges: list[int]) -> Tensor:
+    return torch.searchsorted(torch.tensor(edges[1:], device="cpu"), places, right=True)
 
 
 def _add(sums: Tensor, band: Tensor, start: int, row_edges: list[int], column_edges: list[int]) -> None:
@@ -213,8 +245,7 @@ def _add(sums: Tensor, band: Tensor, start: int, row_edges: list[int], column_ed
         return
     before = torch.nn.functional.pad(band.cumsum(-1, dtype=torch.int32), (1, 0))
     at = torch.tensor(column_edges, device="cpu")
-    rows = torch.arange(start, start + band.shape[-2], device="cpu")
-    cell = torch.searchsorted(torch.tensor(row_edges[1:], device="cpu"), rows, right=True)
+    cell = _cell_of(torch.arange(start, start + band.shape[-2], device="cpu"), row_edges)
     sums.index_add_(-2, cell, (before[..., at[1:]] - before[..., at[:-1]]).long())
 
 

@@ -14,6 +14,7 @@ from . import dynamo, islands, ops, reference, sharded, transforms, validate
 from .autocast import without_autocast
 from .backends.invariant import is_invariant
 from .checks import check
+from .codegen.errors import ReachError
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import transforms_are_active
@@ -24,6 +25,7 @@ from .debug import debugging
 from .element import Origin
 from .errors import KernelError
 from .kernel_options import parsed_options
+from .names import captured_names
 from .operands import joined, split
 from .problem import Problem
 
@@ -133,9 +135,12 @@ def block_lists(
                 f"Pass the number of {'batch entries' if axis == 'b' else 'query heads'} as {size}"
             )
     kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
-    captured = sharded.whole(captured)
+    whole = sharded.whole(captured)
     trim = not fixed and type(like) is Tensor and not like.is_meta and not transforms_are_active()
-    return ops.block_mask(captured, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
+    try:
+        return ops.block_mask(whole, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
+    except ReachError as error:
+        raise error.named(captured_names((mask_mod,), captured).get(error.number)) from None
 
 
 dynamo.replays(attention, block_lists)

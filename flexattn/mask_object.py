@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -38,8 +39,12 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 
 def name_of(mask: Any) -> str:
-    """What a mask is called in the name of another one."""
-    return getattr(mask, "__name__", repr(mask))
+    """What a mask or a mod is called in a title, and in the name of another one."""
+    if isinstance(mask, functools.partial):
+        return f"partial({name_of(mask.func)})"
+    shown = repr(mask)  # that of Python's own has an address
+    plain = type(mask).__name__ if shown == object.__repr__(mask) else shown
+    return str(getattr(mask, "__name__", plain))
 
 
 def _shown(value: Any) -> str:

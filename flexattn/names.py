@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codegen.replay import Replay
 from .graph_mod import GraphMod
 
 
@@ -29,7 +30,9 @@ def visible_names(mods: Sequence[Any]) -> dict[int, str]:
     found: dict[int, str] = {}
 
     def visit(mod: Any, depth: int) -> None:
-        if mod is None or depth > 3 or isinstance(mod, GraphMod):  # of a graph the tensors have numbers, not names
+        if (
+            mod is None or depth > 3 or isinstance(mod, (GraphMod, Replay))
+        ):  # of a graph the tensors have numbers, not names
             return
         if isinstance(mod, functools.partial):
             for name, value in {**{f"argument {i}": a for i, a in enumerate(mod.args)}, **mod.keywords}.items():

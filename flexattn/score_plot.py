@@ -13,7 +13,7 @@ from .block_mask import BlockMask
 from .block_mask_cells import COLORS, EMPTY, ticks, view
 from .block_mask_plot import draw_cells, need_matplotlib
 from .create import create_block_mask
-from .inspection import Selection, inspect
+from .inspection import Inspection, Selection, inspect
 from .mask_object import name_of
 
 HIDDEN = "#C8C8C8"  # hidden by the mask in a block that is visited; what is skipped has the colour of an empty block
@@ -81,7 +81,13 @@ def plot_scores(
         q_idx=q_idx,
         kv_idx=kv_idx,
     )
-    ax = _axes() if ax is None else ax
+    mods = (score_mod, mask_mod if block_mask is None else block_mask.mask_mod)
+    title = [f"batch {found.b}, head {found.h}", *(name_of(mod) for mod in mods if mod is not None)]
+    return _drawn(found, what, ", ".join(title), _axes() if ax is None else ax)
+
+
+def _drawn(found: Inspection, what: str, title: str, ax: Any) -> Any:
+    """The axes, with the picture of what was found."""
     rows, columns = ((i,) if isinstance(i, int) else i for i in (found.q_idx, found.kv_idx))
     shape = len(rows), len(columns)
     values, mask, block = (t.reshape(shape) for t in (getattr(found, what), found.mask, found.block))
@@ -103,9 +109,7 @@ def plot_scores(
         ax.imshow(image.numpy(), interpolation="nearest", aspect="equal" if _alike(shape) else "auto")
         ax.figure.colorbar(scalars, ax=ax, label=_LABELS[what])
     _label(ax, rows, columns)
-    mods = (score_mod, mask_mod if block_mask is None else block_mask.mask_mod)
-    title = [f"batch {found.b}, head {found.h}", *(name_of(mod) for mod in mods if mod is not None)]
-    ax.set_title(", ".join(title), fontsize="medium")
+    ax.set_title(title, fontsize="medium")
     _legend(ax, bool(broken.any()))
     return ax
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..codegen.errors import ReachError
 from ..codegen.ir import walk
 from ..codegen.prove import never
 from ..codegen.tiles import DEFAULT_MEMORY
 from ..create import create_block_mask
+from ..names import visible_names
 from .traced_mask import MaskMod, Shape, TracedMask
 
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 128, 16
@@ -73,7 +75,10 @@ def search(
     if 0 in shape or (proved and not traced.may_wrap(shape, memory // 4)):
         return Found(proved, 0, None, None)
     size = tuple(min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (n // _BLOCKS_A_SIDE).bit_length())) for n in shape[2:])
-    blocks = create_block_mask(traced.mask_mod, *shape, device=device, BLOCK_SIZE=(size[0], size[1]), max_memory=memory)
+    try:
+        blocks = create_block_mask(traced.mask_mod, *shape, device, (size[0], size[1]), max_memory=memory)
+    except ReachError as error:  # of the graph, whose tensors have no names
+        raise error.named(visible_names((mask_mod,)).get(id(error.tensor))) from None
     work = _Search(traced, blocks, shape, memory)
     count = work.count()
     for name in unsaid if not count and not proved else ():

@@ -13,6 +13,7 @@ import torch
 from block_pictures import Drawn, Painted, by_head, causal, cut, drawings, kinds_of, true_cells
 from hypothesis import assume, given
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexattn import BlockMask, block_mask_cells, create_block_mask, create_mask, masks
 from flexattn.block_mask_cells import COLORS, EMPTY, FULL, KINDS, PALEST, PARTIAL, ticks
@@ -343,3 +344,39 @@ def test_a_mask_of_16_million_blocks_is_drawn() -> None:
 def test_a_text_picture_refuses_a_negative_size() -> None:
     with pytest.raises(ValueError, match="grid_size is -2; a side has so many characters, or -1 for one a block"):
         picture(causal(64, 16), -2, 1)
+
+
+def test_blocks_are_counted_once_in_any_order_of_their_lists() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = [torch.randint(0, 9, (1, 1, 7), generator=generator, dtype=torch.int32) for _ in range(2)]
+    lists = [torch.randint(0, 6, (1, 1, 7, 8), generator=generator, dtype=torch.int32) for _ in range(2)]
+    mask = BlockMask((14, 11), counts[0], lists[0], counts[1], lists[1], (2, 2), masks.noop_mask)
+    listed = [
+        torch.tensor([[c in i[:n].tolist() for c in range(6)] for n, i in zip(count[0, 0], index[0, 0], strict=True)])
+        for count, index in zip(counts, lists, strict=True)
+    ]
+    assert bool((listed[0] & listed[1]).any())
+    cells, sparsity = block_mask_cells.gathered_blocks(mask, 0, 0, (-1, -1))
+    assert torch.equal(cells.partial, listed[0].long()) and torch.equal(cells.full, (listed[1] & ~listed[0]).long())
+    elements = (listed[0] | listed[1]).repeat_interleave(2, 0).repeat_interleave(2, 1)[:, :11]
+    assert sparsity == pytest.approx(100 * (1 - elements.double().mean().item()))
+    few, _ = block_mask_cells.gathered_blocks(mask, 0, 0, (1, 2))
+    assert few.partial.tolist() == [[int(listed[0][:, :3].sum()), int(listed[0][:, 3:].sum())]]
+
+
+def test_a_picture_makes_no_array_of_all_blocks() -> None:
+    mask = create_block_mask(masks.sliding_window(64), None, None, 1 << 20, 1 << 20, "cpu", 16)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Sizes():
+        cells, _ = block_mask_cells.gathered_blocks(mask, 0, 0, (32, 32))
+    assert int(cells.things.sum()) == 1 << 32 and int(cells.visited.sum()) == 5 * (1 << 16) - 10
+    assert largest <= 33 * (1 << 16)  # cells of a row, by rows

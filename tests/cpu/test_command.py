@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -68,7 +69,18 @@ MISTAKES = {
         "zzz",
     ): "there is no command 'zzz'; the commands are info, show, diff, explain, check, bench, cache; flexattn --help",
     ("show",): "the following arguments are required: MASK\nusage: flexattn show",
-    ("show", "causal_mask", "--lenght", "3"): "unrecognized arguments: --lenght 3",
+    ("show", "causal_mask", "--lenght", "3"): "there is no option --lenght; did you mean --length?",
+    ("show", "--shap", "1,2,3,4", "causal_mask"): "there is no option --shap; did you mean --shape?",
+    ("show", "causal_mask", "--jsn"): "there is no option --jsn; did you mean --json?",
+    ("show", "causal_mask", "-length", "3"): "there is no option -length; did you mean --length?",
+    ("show", "causal_mask", "--block_size=3"): "there is no option --block_size; did you mean --block-size?",
+    ("show", "causal_mask", "--zzz"): "there is no option --zzz; there are --help, --length, --shape, --block-size",
+    ("bench", "--lengths", "3"): "there is no option --lengths; did you mean --length?",
+    ("check", "causal_mask", "--doc", "3,2"): "there is no option --doc; did you mean --documents?",
+    ("show", "causal_mask", "more", "words"): "'more words' is too much\nusage: flexattn show [-h] [--length N",
+    ("cache", "list", "--yse"): "there is no option --yse; did you mean --yes?",
+    ("show", "causal_mask", "--length"): "argument --length: a value is missing; write --length N",
+    ("bench", "--length"): "argument --length: a value is missing; write --length N",
     ("show", "causal_mask", "--length", "0"): "argument --length: '0' is no whole number from 1 on, such as 128",
     ("show", "causal_mask", "--length", "12.5"): "'12.5' is no whole number from 1 on",
     ("show", "causal_mask", "--length", "4", "--shape", "4,4"): "argument --shape: not allowed with argument --length",
@@ -80,6 +92,14 @@ MISTAKES = {
     ): "'4' is no shape; write Q,KV or B,H,Q,KV, such as 512,1024 or 2,8,512,1024",
     ("show", "causal_mask", "--shape", "4x4"): "'4x4' is no shape",
     ("show", "causal_mask", "--shape", "4,0"): "'4,0' has a size of 0; sizes are 1 or more",
+    (
+        "show",
+        "causal_mask",
+        "--length",
+        "2147483648",
+    ): "2147483648 is too long: positions are 32-bit integers, write 2147483647",
+    ("diff", "causal_mask", "noop_mask", "--shape", "4,2147483648"): "2147483648 is too long: positions are 32-bit",
+    ("bench", "causal_mask", "--length", "2147483648"): "2147483648 is too long: positions are 32-bit integers",
     ("show", "causal_mask", "--head", "-1"): "'-1' is no whole number from 0 on",
     ("show", "causal_mask", "--head", "x"): "'x' is no whole number from 0 on",
     (
@@ -89,7 +109,19 @@ MISTAKES = {
     ("show", "causal_mask", "--head", "1"): "--head 1: the mask has 1, counted from 0; --shape B,H,Q,KV gives it more",
     ("show", "softcap(3)"): "softcap(3) takes (score, b, h, q_idx, kv_idx): it is a score_mod, and a mask is asked for",
     ("show", "own:branches"): f"own.py:{BRANCH} uses `if` on a traced value",
-    ("show", "own:same", "--length", "9"): "own:same: IndexError: the mask reads a captured tensor of shape [5]",
+    (
+        "show",
+        "own:same",
+        "--length",
+        "9",
+    ): "own:same: the mask reads ids, a captured tensor of shape [5], at ids[q_idx]",
+    (
+        "diff",
+        "own:same",
+        "causal_mask",
+        "--length",
+        "9",
+    ): "the mask reads ids, a captured tensor of shape [5], at ids[q",
     (
         "show",
         "causal_mask",
@@ -141,6 +173,21 @@ def test_a_mistake_is_answered_without_a_traceback(run: Runner, words: tuple[str
     assert "Traceback" not in ran.err and "Traceback" not in ran.out
 
 
+@pytest.mark.parametrize(
+    ("word", "said"), [("--json", "there are --help, --version"), ("--vers", "did you mean --version?")]
+)
+def test_options_of_a_command_come_after_it(run: Runner, word: str, said: str) -> None:
+    ran = run(word, "show", "causal_mask")
+    assert ran.code == 2
+    assert ran.err == (
+        f"flexattn show: error: there is no option {word} before the command; those of a command come after its name; {said}\n"
+    )
+
+
+def test_what_stands_after_two_dashes_is_no_option(run: Runner) -> None:
+    assert run("show", "--length", "4", "--", "causal_mask").code == 0
+
+
 def test_debug_shows_the_traceback(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = run("show", "own:branches")
     assert "--debug shows where it was raised" in quiet.err and "Traceback" not in quiet.err
@@ -178,6 +225,18 @@ def test_an_interruption_ends_quietly(run: Runner, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(main.COMMANDS, "info", main.COMMANDS["info"]._replace(run=interrupt))
     ran = run("info")
     assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
+    error = run("info", "--json").document["error"]
+    assert error == {"kind": "interrupted", "message": "interrupted", "exit_code": 130}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 40 GB")],
+)
+def test_what_does_not_fit_into_memory_is_no_mistake(error: Exception) -> None:
+    said = "own:mask: there is not enough memory; choose a smaller shape"
+    with pytest.raises(failures.Unavailable, match=said), failures.reading("own:mask"):
+        raise error
 
 
 def test_the_arguments_of_a_process_are_read_from_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +288,28 @@ def test_the_reader_of_a_pipe_may_leave() -> None:
     command = f"{sys.executable} -m flexattn show causal_mask | true; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert ran.stdout.strip() in ("0", "141") and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(("into", "code"), [("/dev/full", 3), ("&-", 0)])
+def test_a_stdout_that_takes_nothing_is_no_error_inside(into: str, code: int) -> None:
+    for option in ("", "--json"):
+        command = f"{sys.executable} -m flexattn diff causal_mask noop_mask --length 2 {option} >{into}; echo $? >&2"
+        ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+        *said, last = ran.stderr.splitlines()
+        assert int(last) == (code or failures.DIFFERS), ran.stderr
+        full = "flexattn diff: error: the result cannot be written to stdout: No space left on device"
+        assert said == ([full] if code else [])
+
+
+def test_with_json_stdout_is_one_document_whatever_is_written_there(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import os, sys\nprint('a')\nos.write(1, b'b\\n')\nsys.__stdout__.write('c\\n')\n"
+        "def mask(b, h, q_idx, kv_idx):\n    os.system('echo d')\n    return q_idx > kv_idx\n"
+    )
+    words = [sys.executable, "-m", "flexattn", "show", "loud:mask", "--length", "2", "--json"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert json.loads(ran.stdout)["elements"] == [[0, 0], [1, 0]]
+    assert {"a", "b", "c", "d"} <= set(ran.stderr.split())
 
 
 def test_a_program_of_that_name_has_the_whole_package() -> None:

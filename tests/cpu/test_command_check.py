@@ -27,6 +27,8 @@ packed = flexattn.Documents.from_lengths([3, 2])
 halves = torch.tensor([0.5])
 mixed = torch.tensor([[0, 1, 1, 2] * 40, [0] * 90 + [1] * 70])
 padded = torch.tensor([-1] * 7 + [5] * 80 + [-1] * 9 + [1] * 64)
+image = torch.tensor([-1, -1, 0, 0, 0, -1, 1, 1, 1, -1])
+other_images = torch.stack([image, image.flip(0)])
 bias = torch.randn(2, 4, 160, generator=torch.Generator().manual_seed(0))
 
 
@@ -36,6 +38,10 @@ def placed(score, b, h, q_idx, kv_idx):
 
 def alibi(score, b, h, q_idx, kv_idx):
     return score + slopes[h] * (kv_idx - q_idx)
+
+
+def sees_images(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) | ((image[q_idx] >= 0) & (image[kv_idx] >= 0))
 
 
 def off_by_one(b, h, q_idx, kv_idx):
@@ -104,6 +110,61 @@ def test_a_mask_that_sees_the_future_fails(run: Runner) -> None:
     found = run.json("check", "tried:off_by_one", "--causal", *SMALL)
     (causal,) = (c for c in found["checks"] if c["name"] == "causal")
     assert causal["outcome"] == "failed" and "q_idx=0, kv_idx=1" in causal["error"]
+
+
+def test_images_may_see_themselves_where_it_is_said(run: Runner) -> None:
+    asked = ("--causal", "--within", "tried:image", "--head-dim", "8")
+    right = run.json("check", "transfusion([-1, -1, 0, 0, 0, -1, 1, 1, 1, -1])", *asked)
+    assert outcomes(right)["causal"] == "passed" and right["sizes"]["L"] == right["sizes"]["S"] == 10
+    assert outcomes(run.json("check", "transfusion([0, 0, 1, 1])", "--causal", "--head-dim", "8"))["causal"] == "failed"
+    assert (
+        outcomes(run.json("check", "noop_mask", "--causal", "--within", "3,2", "--head-dim", "8"))["causal"] == "failed"
+    )
+    assert (
+        outcomes(run.json("check", "noop_mask", "--causal", "--within", "5", "--head-dim", "8"))["causal"] == "passed"
+    )
+    wrong = run("check", "tried:sees_images", *asked)
+    assert wrong.code == 1 and "it attends at b=0, h=0, q_idx=2, kv_idx=6, ids 0 and 1 of `within`" in wrong.out
+    rows = run.json("check", "causal_mask", "--causal", "--within", "tried:other_images", "--head-dim", "8")
+    assert outcomes(rows)["causal"] == "passed" and rows["sizes"]["B"] == 2
+
+
+def test_queries_may_start_among_the_keys(run: Runner) -> None:
+    problem = ("--causal", "--shape", "8,24", "--head-dim", "8")
+    assert outcomes(run.json("check", "causal(16)", *problem))["causal"] == "failed"
+    assert outcomes(run.json("check", "causal(16)", *problem, "--offset", "16"))["causal"] == "passed"
+    assert outcomes(run.json("check", "causal(17)", *problem, "--offset", "16"))["causal"] == "failed"
+    found = run.json("check", "causal(4)", "--causal", "--within", "tried:image", "--offset", "4", "--head-dim", "8")
+    assert outcomes(found)["causal"] == "passed" and (found["sizes"]["L"], found["sizes"]["S"]) == (6, 10)
+
+
+REFUSED = {
+    ("--within", "tried:image"): "--within says what --causal allows; write --causal too",
+    ("--offset", "3"): "--offset says what --causal allows; write --causal too",
+    ("--causal", "--offset", "-3"): "argument --offset: '-3' is no whole number from 0 on",
+    ("--causal", "--within", "words"): "argument --within: 'words' has no lengths; write 60,40,60, or MODULE:NAME",
+    ("--causal", "--within", "tried:halves"): "--within tried:halves: a torch.float32 of shape [1]; ids are integers",
+    (
+        "--causal",
+        "--within",
+        "tried:image",
+        "--length",
+        "11",
+    ): "--within has ids [10], and there are 2 batch entries of 11 pos",
+    (
+        "--causal",
+        "--within",
+        "tried:other_images",
+        "--shape",
+        "3,1,10,10",
+    ): "--within has ids [2, 10], and there are 3 batch",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
+def test_what_does_not_go_with_causal_is_a_mistake(run: Runner, words: tuple[str, ...]) -> None:
+    ran = run("check", "causal_mask", *words)
+    assert ran.code == 2 and REFUSED[words] in ran.err, ran.err
 
 
 def test_no_mask_at_all_is_not_causal(run: Runner) -> None:

@@ -218,7 +218,12 @@ REFUSED = {
     "sliding_window(*[3])": (15, "write the arguments one by one, without *"),
     "sliding_window(**{'size': 3})": (0, "write the arguments one by one, without **"),
     "document_mask([0, x])": (14, "arguments are written out: numbers, strings, True, None, lists"),
-    "causal_mask[0]": (0, "an index means nothing here"),
+    "causal_mask[0]": (0, "an index means nothing here. Give what it finds a name of its own in its module"),
+    "causal_mask & my:masks['a']": (14, "an index means nothing here. Give what it finds a name of its own"),
+    "my.masks:": (0, "the name is missing after my.masks: Write my.masks:NAME"),
+    "causal_mask & dir/my.py:": (14, "the name is missing after dir/my.py: Write dir/my.py:NAME"),
+    "dir/my:window": (0, "a function of a file is dir/my.py:window"),
+    "causal_mask & dir/my.py": (14, "a function of a file is dir/my.py:NAME"),
     "sliding_window(3)(4)": (0, "only a name can be called"),
     "ä & causl": (0, "'ä' is no name"),
     "'ä' & causl": (6, "did you mean causal"),
@@ -240,9 +245,9 @@ def test_a_refusal_points_at_the_place(text: str) -> None:
 REFUSED_WHEN_BUILT = {
     "sliding_window": (
         0,
-        "sliding_window takes (size); a mask_mod takes (b, h, q_idx, kv_idx) and a score_mod (score, b, h, ",
+        "sliding_window makes mods; call it: sliding_window(size)",
     ),
-    "causal": (0, "If it makes one, call it: causal()"),
+    "causal": (0, "causal makes mods; call it: causal()"),
     "sliding_window()": (0, "missing a required argument: 'size'; write sliding_window(size)"),
     "sliding_window(3, 4)": (0, "too many positional arguments; write sliding_window(size)"),
     "window(1, right=2, 3)": None,
@@ -270,8 +275,8 @@ REFUSED_WHEN_BUILT = {
         0,
         "module 'broken' cannot be imported: ModuleNotFoundError: No module named 'no_such_thing_at_all'",
     ),
-    "fallen:mask": (0, "module 'fallen' cannot be imported: fell over"),
-    "fallen.py:mask": (0, "'fallen.py' cannot be imported: fell over"),
+    "fallen:mask": (0, "module 'fallen' cannot be imported: ValueError: fell over, at fallen.py:1"),
+    "fallen.py:mask": (0, "'fallen.py' cannot be imported: ValueError: fell over, at fallen.py:1"),
 }
 
 

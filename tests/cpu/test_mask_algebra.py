@@ -207,11 +207,18 @@ def test_masks_know_whether_their_full_blocks_are_adjacent() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (masks.document_mask(ids), r"shape \[300\] at c0\[q_idx\].* goes to 319, beyond dimension 0 of size 300"),
-        (lambda b, h, q, k: ids[k + 3] > 0, r"c0\[kv_idx \+ 3\].* goes to 322"),
-        (lambda b, h, q, k: ids[q - k] > 0, r"c0\[q_idx - kv_idx\].* goes to 319"),
+        (
+            masks.document_mask(ids),
+            r"reads self.document_ids, a .* at self.document_ids\[q_idx\].* goes to 319, beyond dimension 0 of size 300",
+        ),
+        (lambda b, h, q, k: ids[k + 3] > 0, r"reads ids, a .* at ids\[kv_idx \+ 3\].* goes to 322"),
+        (lambda b, h, q, k: ids[q - k] > 0, r"at ids\[q_idx - kv_idx\].* goes to 319"),
         (lambda b, h, q, k: ids[q - k - 5] > 0, r"goes to 314"),
         (lambda b, h, q, k: ids[-k - 1] > 0, r"goes to -320"),
+        (
+            (lambda b, h, q, k: (ids + 1)[k] > 0),
+            r"reads a captured tensor of shape \[300\] at c0\[kv_idx\]",
+        ),  # has no name
     ],
 )
 def test_tensors_that_are_too_short_are_an_error(mask: Any, message: str) -> None:

@@ -202,6 +202,15 @@ def test_a_graph_is_a_mask_function_again() -> None:
     assert torch.equal(out, flexattn.flex_attention(q, q, q, mask_mod=masks.document_mask(ids)))
 
 
+def test_a_tensor_that_is_too_short_has_its_own_name() -> None:
+    short = torch.zeros(30, dtype=torch.int32)
+    other = torch.zeros(40, dtype=torch.int32)
+    reads = lambda b, h, q, k: (other[q] == other[k]) & (short[k] == 0)
+    with pytest.raises(IndexError, match=r"reads short, a captured tensor of shape \[30\], at short\[kv_idx\]"):
+        mask_diff(reads, masks.causal_mask, 40)
+    assert not mask_diff(reads, masks.causal_mask, 30).equal
+
+
 def test_masks_of_batch_entries_and_heads_need_their_numbers() -> None:
     second = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (h == 1)
     third = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (b == 2)

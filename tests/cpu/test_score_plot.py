@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def shade(values: Tensor, ax: Any, gamma: float = 1.0) -> Tensor:
     low, high = bar_of(ax).get_ylim()
     share = ((values - low) / (high - low)).clamp(0, 1) ** gamma
     return torch.as_tensor(matplotlib.colormaps["viridis"](share.numpy(), bytes=True))[..., :3]
+
+
+def test_plot_scores_takes_what_inspect_takes_and_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {n: p for n, p in signature(plot_scores).parameters.items() if n not in ("what", "ax")}
+    assert taken == dict(signature(flexattn.inspect).parameters)
+
+    def receive(*arguments: Any, **named: Any) -> None:
+        assert signature(flexattn.inspect).bind(*arguments, **named).arguments == {name: name for name in taken}
+        raise InterruptedError
+
+    monkeypatch.setattr(score_plot, "inspect", receive)
+    with pytest.raises(InterruptedError):
+        plot_scores(**{name: name for name in taken})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("what", ["weight", "score", "modified"])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .handed import advice, handed, returned
 from .sizes import Sizes
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -102,7 +103,7 @@ class Experiment:
             _mixed(pair, where).requires_grad_(self.backward) for pair, where in zip(self._inputs, places, strict=True)
         ]
         with torch.enable_grad():
-            out = self.attention(*inputs)
+            out = self.attention(*map(handed, inputs))
         self._check(out)
         if not self.backward or not out.requires_grad:
             return Results(out.detach(), None, None, None)
@@ -117,11 +118,8 @@ class Experiment:
     def _check(self, out: Any) -> None:
         B, Hq, _, L, *_ = self.sizes
         if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:3] != (B, Hq, L):
-            given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"attention(query, key, value) must return a tensor [B, heads, queries, Ev] = [{B}, {Hq}, {L}, Ev]; got "
-                f"{given}. Wrap a layer of another layout: lambda q, k, v: layer(...).transpose(1, 2)"
-            )
+            wanted = f"attention(query, key, value) must return a tensor [B, heads, queries, Ev] = [{B}, {Hq}, {L}, Ev]"
+            raise ValueError(f"{wanted}; got {returned(out)}{advice(out, (B, Hq, L))}")
 
     def changes(self, after: Results, compared: Positions, before: Results | None = None) -> list[Change]:
         """The results that are not the same at the positions that are compared. Zeros of either sign are the same.

@@ -164,7 +164,9 @@ class Case:
         unrepeated = []
         if excesses and own:
             again = self.found(operands, problem, blocks).results
-            unrepeated = [n for n in compared if excess(n, again[n], found[n].detach().double(), allowed[n]) is not None]
+            unrepeated = [
+                n for n in compared if excess(n, again[n], found[n].detach().double(), allowed[n]) is not None
+            ]
         return Outcome(excesses, compared, differs, unrepeated, changed)
 
     def found(self, operands: Operands, problem: Problem, blocks: BlockMask | None) -> Found:

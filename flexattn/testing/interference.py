@@ -96,12 +96,14 @@ class Experiment:
         large = large * _MAGNITUDE.get(self.dtype, 1e4)
         return plain.to(self.device, self.dtype), large.to(self.device, self.dtype)
 
-    def run(self, changed: Positions | None) -> Results:
-        """The results with the values of some positions replaced: query, key, value and incoming gradient."""
+    def run(self, changed: Positions | None, opposed: bool = False) -> Results:
+        """The results with the values of some positions replaced: query, key, value and incoming gradient.
+
+        `opposed`: by such large queries and keys that all scores between them are far below zero.
+        """
         places = (None, None, None) if changed is None else (changed.queries, changed.keys, changed.keys)
-        inputs = [
-            _mixed(pair, where).requires_grad_(self.backward) for pair, where in zip(self._inputs, places, strict=True)
-        ]
+        given = _opposed(self._inputs) if opposed else self._inputs
+        inputs = [_mixed(pair, where).requires_grad_(self.backward) for pair, where in zip(given, places, strict=True)]
         with torch.enable_grad():
             out = self.attention(*map(handed, inputs))
         self._check(out)
@@ -137,6 +139,18 @@ class Experiment:
                 at = _first(differs)
                 found.append(Change(name, at, float(one[at]), float(two[at]), count))
         return found
+
+
+def _opposed(inputs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """With one column of the large values that outweighs the others: below zero in queries, above it in keys."""
+    made = []
+    for (plain, large), sign in zip(inputs, (-1, 1, None), strict=True):
+        if sign is not None:
+            large = large.clone()
+            most = large.abs().amax()
+            large[..., 0] = sign * (large.shape[-1] ** 0.5 + 1) * (most + large[..., 0].abs())
+        made.append((plain, large))
+    return made
 
 
 def _first(differs: Tensor) -> tuple[int, ...]:

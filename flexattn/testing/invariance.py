@@ -235,8 +235,8 @@ def _check_tested(alone: list[dict[str, Tensor]], one: list[dict[str, Tensor]], 
             if not torch.equal(_bits(found[name]), _bits(again[name])):
                 raise AssertionError(
                     f"the attention does not repeat its own bits: document {number} gets another {name} in a second run on the "
-                    "same inputs. Turn off what is random in it, such as dropout, and ask for deterministic kernels, or bits say "
-                    "nothing"
+                    "same inputs. Turn off what is random in it, such as dropout, and ask for deterministic kernels, or bits "
+                    "say nothing"
                 )
 
 

@@ -218,7 +218,7 @@ def _in_short(e: Excess) -> str:
 
 
 def _with_gradients_of(outcome: Outcome, least: Outcome) -> list[Excess]:
-    """What is wrong at the smallest sizes, and the gradients that are at the sizes asked for: some are zero where L or S is 1."""
+    """What is wrong at the smallest sizes, and the gradients that are at the sizes asked for: where S is 1 some are zero."""
     known = {e.name for e in least.excesses}
     return least.excesses + [e for e in outcome.excesses if e.name.startswith("d") and e.name not in known]
 
@@ -228,8 +228,8 @@ def _own_faults(outcome: Outcome) -> list[str]:
     hints = []
     if outcome.unrepeated:
         hints.append(
-            f"A second run on the same inputs gives another {', '.join(outcome.unrepeated)}: turn off what is random in it, such "
-            "as dropout, by eval() or dropout_p=0.0."
+            f"A second run on the same inputs gives another {', '.join(outcome.unrepeated)}: turn off what is random in it, "
+            "such as dropout, by eval() or dropout_p=0.0."
         )
     if outcome.written:
         hints.append(

@@ -118,5 +118,7 @@ def test_a_tie_shares_the_gradient(function: Callable[..., Tensor]) -> None:
 
 
 def test_every_function_with_a_gradient_is_called() -> None:
-    table = re.findall(r"^\| `(\w+)` \| .* \| float.* \| yes \|$", PAGE.read_text().partition("The reductions")[0], re.M)
+    table = re.findall(
+        r"^\| `(\w+)` \| .* \| float.* \| yes \|$", PAGE.read_text().partition("The reductions")[0], re.M
+    )
     assert len(table) > 50 and set(table) == set(CALLS)

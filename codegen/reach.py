@@ -16,8 +16,27 @@ from .ir import Node, Op, walk
 _Span = tuple[int, int]
 
 
+class OutOfReach(IndexError):
+    """A mask reads element `end` of dimension `dim` of a captured tensor, which has fewer."""
+
+    def __init__(self, load: Node, dim: int, shape: tuple[int, ...], end: int) -> None:
+        self.load, self.dim, self.shape, self.end = load, dim, shape, end
+        super().__init__(self.told({}))
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """The message, with the user's names of what was captured."""
+        index, n = self.load.args[1 + self.dim], self.shape[self.dim]
+        text = inline(index, names)
+        name = text if index.op is Op.INPUT else f"({text})"
+        return (
+            f"the mask reads a captured tensor of shape {list(self.shape)} at {inline(self.load, names)}, where {text} goes to "
+            f"{self.end}, beyond dimension {self.dim} of size {n}. Give the tensor an entry for every position, or keep the "
+            f"index within it, e.g. {name}.clamp(0, {max(n - 1, 0)})"
+        )
+
+
 def check_reach(mask: Node, captured: Sequence[Tensor], ints: Sequence[int], sizes: Mapping[str, int]) -> None:
-    """Raise `IndexError` for an index of a captured tensor that goes beyond it. `sizes`: of b, h, q_idx and kv_idx.
+    """Raise `OutOfReach` for an index of a captured tensor that goes beyond it. `sizes`: of b, h, q_idx and kv_idx.
 
     Only indices that are sums and differences of different inputs are known to take the values at their ends; others are
     left to debug mode.
@@ -32,13 +51,7 @@ def check_reach(mask: Node, captured: Sequence[Tensor], ints: Sequence[int], siz
             span = _span(index, ints, sizes)
             if span is None or (span[1] < n and span[0] >= -n):
                 continue
-            name = inline(index) if index.op is Op.INPUT else f"({inline(index)})"
-            end = span[1] if span[1] >= n else span[0]
-            raise IndexError(
-                f"the mask reads a captured tensor of shape {list(tensor.shape)} at {inline(load)}, where {inline(index)} "
-                f"goes to {end}, beyond dimension {dim} of size {n}. Give the tensor an entry for every position, or keep the "
-                f"index within it, e.g. {name}.clamp(0, {max(n - 1, 0)})"
-            )
+            raise OutOfReach(load, dim, tuple(tensor.shape), span[1] if span[1] >= n else span[0])
 
 
 def _span(node: Node, ints: Sequence[int], sizes: Mapping[str, int]) -> _Span | None:

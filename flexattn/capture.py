@@ -17,6 +17,7 @@ from .checks import check
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import transforms_are_active
+from .codegen.reach import OutOfReach
 from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe
 from .codegen.trace_cache import cached_trace
@@ -24,6 +25,7 @@ from .debug import debugging
 from .element import Origin
 from .errors import KernelError
 from .kernel_options import parsed_options
+from .names import captured_names
 from .operands import joined, split
 from .problem import Problem
 
@@ -124,7 +126,7 @@ def block_lists(
     program, inside, ints = cached_trace(None, mask_mod, device=like.device)
     captured, floats = split(inside, program)
     validate.captured(captured, like.device)
-    mask = variant(program).mask
+    tensors, mask = captured, variant(program).mask
     axes = frozenset() if mask is None else mask.axes
     for axis, size, left_out in zip("bh", "BH", unsaid, strict=True):
         if left_out and axis in axes:
@@ -135,7 +137,10 @@ def block_lists(
     kept = [n if axis in axes else 1 for axis, n in zip("bh", shape, strict=False)]
     captured = sharded.whole(captured)
     trim = not fixed and type(like) is Tensor and not like.is_meta and not transforms_are_active()
-    return ops.block_mask(captured, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
+    try:
+        return ops.block_mask(captured, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
+    except OutOfReach as error:
+        raise IndexError(error.told(captured_names((mask_mod,), tensors, floats))) from None
 
 
 dynamo.replays(attention, block_lists)

@@ -207,9 +207,9 @@ def test_masks_know_whether_their_full_blocks_are_adjacent() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (masks.document_mask(ids), r"shape \[300\] at c0\[q_idx\].* goes to 319, beyond dimension 0 of size 300"),
-        (lambda b, h, q, k: ids[k + 3] > 0, r"c0\[kv_idx \+ 3\].* goes to 322"),
-        (lambda b, h, q, k: ids[q - k] > 0, r"c0\[q_idx - kv_idx\].* goes to 319"),
+        (masks.document_mask(ids), r"shape \[300\] at self.document_ids\[q_idx\].* goes to 319, beyond dimension 0 of size 300"),
+        (lambda b, h, q, k: ids[k + 3] > 0, r"ids\[kv_idx \+ 3\].* goes to 322"),
+        (lambda b, h, q, k: ids[q - k] > 0, r"ids\[q_idx - kv_idx\].* goes to 319"),
         (lambda b, h, q, k: ids[q - k - 5] > 0, r"goes to 314"),
         (lambda b, h, q, k: ids[-k - 1] > 0, r"goes to -320"),
     ],

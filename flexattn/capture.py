@@ -17,7 +17,7 @@ from .checks import check
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import transforms_are_active
-from .codegen.reach import OutOfReach
+from .codegen.reach import OutOfReach, check_reach
 from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe
 from .codegen.trace_cache import cached_trace
@@ -141,6 +141,18 @@ def block_lists(
         return ops.block_mask(captured, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
     except OutOfReach as error:
         raise IndexError(error.told(captured_names((mask_mod,), tensors, floats))) from None
+
+
+def check_mask_reach(mask_mod: Callable[..., Tensor], shape: Sequence[int], device: torch.device) -> None:
+    """Raise `IndexError` where a mask of `shape` (B, H, Q_LEN, KV_LEN) reads beyond a tensor."""
+    program, captured, ints = cached_trace(None, mask_mod, device=device)
+    mask = variant(program).mask
+    if mask is None or 0 in shape:
+        return
+    try:
+        check_reach(mask, captured, ints, dict(zip(("b", "h", "q_idx", "kv_idx"), shape, strict=True)))
+    except OutOfReach as error:
+        raise IndexError(error.told(captured_names((mask_mod,), captured))) from None
 
 
 dynamo.replays(attention, block_lists)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..capture import check_mask_reach
 from ..codegen.ir import walk
 from ..codegen.prove import never
 from ..codegen.tiles import DEFAULT_MEMORY
@@ -73,7 +74,13 @@ def search(
     if 0 in shape or (proved and not traced.may_wrap(shape, memory // 4)):
         return Found(proved, 0, None, None)
     size = tuple(min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (n // _BLOCKS_A_SIDE).bit_length())) for n in shape[2:])
-    blocks = create_block_mask(traced.mask_mod, *shape, device=device, BLOCK_SIZE=(size[0], size[1]), max_memory=memory)
+    try:
+        blocks = create_block_mask(
+            traced.mask_mod, *shape, device=device, BLOCK_SIZE=(size[0], size[1]), max_memory=memory
+        )
+    except IndexError:
+        check_mask_reach(mask_mod, shape, device)  # which has the names of its tensors
+        raise
     work = _Search(traced, blocks, shape, memory)
     count = work.count()
     for name in unsaid if not count and not proved else ():

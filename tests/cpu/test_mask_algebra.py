@@ -16,6 +16,7 @@ from torch import Tensor
 import flexattn
 from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, masks
 from flexattn.block_lists import _DENSE, by_column, dense
+from flexattn.testing import mask_diff
 from flexattn.testing.strategies import mask_mods
 
 ids = torch.arange(300) // 37
@@ -207,7 +208,10 @@ def test_masks_know_whether_their_full_blocks_are_adjacent() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (masks.document_mask(ids), r"shape \[300\] at self.document_ids\[q_idx\].* goes to 319, beyond dimension 0 of size 300"),
+        (
+            masks.document_mask(ids),
+            r"shape \[300\] at self.document_ids\[q_idx\].* goes to 319, beyond dimension 0 of size 300",
+        ),
         (lambda b, h, q, k: ids[k + 3] > 0, r"ids\[kv_idx \+ 3\].* goes to 322"),
         (lambda b, h, q, k: ids[q - k] > 0, r"ids\[q_idx - kv_idx\].* goes to 319"),
         (lambda b, h, q, k: ids[q - k - 5] > 0, r"goes to 314"),
@@ -220,8 +224,12 @@ def test_tensors_that_are_too_short_are_an_error(mask: Any, message: str) -> Non
     if isinstance(mask, masks.document_mask):
         create_block_mask(mask, None, None, 300, 300, "cpu")
     x = torch.randn(1, 1, 320, 8)
+    for options in ({}, {"batch_invariant": True}):
+        with pytest.raises(IndexError, match=message) as raised:
+            flex_attention(x, x, x, mask_mod=mask, **options)
+        assert type(raised.value) is IndexError
     with pytest.raises(IndexError, match=message):
-        flex_attention(x, x, x, mask_mod=mask)
+        mask_diff(mask, masks.causal_mask, 320)
 
 
 def test_indices_that_are_kept_within_are_no_error() -> None:

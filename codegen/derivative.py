@@ -53,14 +53,13 @@ def _where(condition: Node, a: Node, b: Node) -> Node:
     return apply(Op.WHERE, condition, a, b)
 
 
-def _larger_wins(node: Node, grad: Node) -> Partials:
-    """Gradient of maximum and minimum; ties share it equally."""
-    a, b = (node.lhs, node.rhs) if node.op is Op.MAXIMUM else (node.rhs, node.lhs)
+def _extremum(node: Node, grad: Node) -> Partials:
+    """Gradient of maximum and minimum: all of it to the operand that is the result, half to each at a tie."""
+    a, b = node.args
+    is_b = apply(Op.LT, a, b) if node.op is Op.MAXIMUM else apply(Op.LT, b, a)
     tie = apply(Op.EQ, a, b)
     half, zero = _mul(grad, _like(0.5, grad)), _like(0.0, grad)
-    to_a = _where(tie, half, _where(apply(Op.LT, a, b), zero, grad))
-    to_b = _where(tie, half, _where(apply(Op.LT, a, b), grad, zero))
-    return (to_a, to_b) if node.op is Op.MAXIMUM else (to_b, to_a)
+    return _where(tie, half, _where(is_b, zero, grad)), _where(tie, half, _where(is_b, grad, zero))
 
 
 def _power(node: Node, grad: Node) -> Partials:
@@ -89,8 +88,8 @@ DERIVATIVES: dict[Op, Rule] = {
     Op.MOD: _modulo(Op.FLOOR),
     Op.FMOD: _modulo(Op.TRUNC),
     Op.POW: _power,
-    Op.MAXIMUM: _larger_wins,
-    Op.MINIMUM: _larger_wins,
+    Op.MAXIMUM: _extremum,
+    Op.MINIMUM: _extremum,
     Op.NEG: lambda n, g: (_neg(g),),
     Op.ABS: lambda n, g: (_mul(g, apply(Op.SIGN, n.lhs)),),
     Op.WHERE: lambda n, g: (None, _where(n.args[0], g, _like(0.0, g)), _where(n.args[0], _like(0.0, g), g)),

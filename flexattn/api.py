@@ -182,6 +182,8 @@ def flex_attention(
         batch_invariance.check(batch_invariant, query, key, block_mask)
         options = check_kernel_options({**options, OPTION: True})
         call = batch_invariance.arranged(query, key, value, score_mod, mask_mod, block_mask, batch_invariant)
+        if mask_mod is not None and not torch.compiler.is_compiling():  # positions from tables hide what the mask reads
+            capture.check_mask_reach(mask_mod, (*query.shape[:3], key.shape[2]), query.device)
         query, key, value, score_mod, mask_mod, _ = call
     if mask_mod is not None:
         block_mask = cached_block_mask(mask_mod, query, key, in_advance=call is None)

@@ -18,6 +18,7 @@ from .codegen.errors import ReachError
 from .codegen.pipeline import Variant, variant
 from .codegen.places import place_of
 from .codegen.private import transforms_are_active
+from .codegen.reach import check_reach
 from .codegen.tiles import DEFAULT_MEMORY
 from .codegen.trace import describe
 from .codegen.trace_cache import cached_trace
@@ -140,7 +141,23 @@ def block_lists(
     try:
         return ops.block_mask(whole, ints, floats, program, (*kept, *shape[2:]), block_size, like, memory, trim)
     except ReachError as error:
-        raise error.named(captured_names((mask_mod,), captured).get(error.number)) from None
+        raise _named(error, mask_mod, captured) from None
+
+
+def check_mask_reach(mask_mod: Callable[..., Tensor], shape: Sequence[int], device: torch.device) -> None:
+    """Raise `ReachError` where a mask of `shape` (B, H, Q_LEN, KV_LEN) reads beyond a tensor."""
+    program, captured, ints = cached_trace(None, mask_mod, device=device)
+    mask = variant(program).mask
+    if mask is None or 0 in shape:
+        return
+    try:
+        check_reach(mask, captured, ints, dict(zip(("b", "h", "q_idx", "kv_idx"), shape, strict=True)))
+    except ReachError as error:
+        raise _named(error, mask_mod, captured) from None
+
+
+def _named(error: ReachError, mask_mod: Callable[..., Tensor], captured: Sequence[Tensor]) -> ReachError:
+    return error.named(captured_names((mask_mod,), captured).get(error.number))
 
 
 dynamo.replays(attention, block_lists)

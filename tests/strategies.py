@@ -136,6 +136,7 @@ _FLOAT_TEMPLATES = (
     "torch.where({c}, score + {x}, {x})",
     "(score + {x}).clamp(-2, 2.5)",
     "torch.maximum(score, {x} + 0 * score)",
+    "torch.minimum(score, {x} + 0 * score)",
     "torch.exp(-abs(score - {x}))",
     "torch.log1p(abs(score + {x}))",
     "torch.sqrt((score + {x}) ** 2 + 1)",

@@ -28,6 +28,7 @@ from ..mask_cache import cached_block_mask
 from ..operands import split
 from ..problem import Problem
 from .budget import Bounds, Results, Seeds, budgets
+from .handed import advice, handed, returned, written
 from .sizes import Sizes
 from .solve import Normalizer, gradients, solve
 from .verdict import Excess, excess
@@ -48,11 +49,25 @@ class Operands(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The results that differ, the names of all that were compared, and of those that plain attention has wrong as well."""
+    """The results that differ, and the names of all that were compared.
+
+    Besides the names of those that plain attention has wrong as well, of those that a second run of `attention` on the same
+    inputs gives otherwise, and of the inputs that it writes to.
+    """
 
     excesses: list[Excess]
     compared: list[str]
     plain_differs: list[str]
+    unrepeated: list[str]
+    written: list[str]
+
+
+class Found(NamedTuple):
+    """Results, the numbers of the captured tensors whose gradients are among them, and the inputs that were written to."""
+
+    results: Results
+    learned: list[int]
+    written: list[str]
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class Case:
         """What is wrong at these sizes."""
         operands, blocks = self.operands(sizes), self.masked(sizes)
         problem = self.problem(operands, blocks)
-        found, wanted = self.found(operands, problem, blocks)
+        found, wanted, changed = self.found(operands, problem, blocks)
         problem = with_leaves(problem)
         wide = widened(problem)
         exact, seeds, plain = self._truth(operands, problem, wide, wanted, "lse" in found)
@@ -146,15 +161,25 @@ class Case:
             for e in excesses
             if e.name in plain and excess(e.name, plain[e.name], exact[e.name], allowed[e.name])
         ]
-        return Outcome(excesses, compared, differs)
+        unrepeated = []
+        if excesses and own:
+            again = self.found(operands, problem, blocks).results
+            unrepeated = [
+                n for n in compared if excess(n, again[n], found[n].detach().double(), allowed[n]) is not None
+            ]
+        return Outcome(excesses, compared, differs, unrepeated, changed)
 
-    def found(self, operands: Operands, problem: Problem, blocks: BlockMask | None) -> tuple[Results, list[int]]:
-        """Results of the implementation under test, and the numbers of the captured tensors whose gradients are among them."""
+    def found(self, operands: Operands, problem: Problem, blocks: BlockMask | None) -> Found:
+        """Results of the implementation under test."""
         q, k, v = leaves = [t.detach().requires_grad_() for t in operands[:3]]
         learned: list[tuple[int, Tensor]] = []
+        changed: list[str] = []
         if self.attention is not None:
-            found = _outputs(self.attention(q, k, v))
-            _check_shapes(found, operands)
+            given = [handed(t) for t in leaves]
+            made = self.attention(*given)
+            found = _outputs(made, operands)
+            _check_shapes(made, found, operands)
+            changed = written(Operands._fields[:3], given, leaves)
         else:
             public = self._captures_leaves(problem, blocks)
             problem = problem if public else with_leaves(problem)
@@ -172,7 +197,7 @@ class Case:
             outputs, seeds = [found["out"], found["lse"]], [operands.dout, operands.dlse]
         if outputs[0].requires_grad:
             found |= gradients(outputs, seeds, leaves, learned)
-        return found, [i for i, _ in learned]
+        return Found(found, [i for i, _ in learned], changed)
 
     def _captures_leaves(self, problem: Problem, blocks: BlockMask | None) -> bool:
         """Whether all tensors that may have a gradient are leaves, and the same at every trace.
@@ -274,13 +299,15 @@ def _perturbed(exact: Results, bounds: Bounds) -> list[tuple[Tensor, Tensor]]:
     return [(off(exact["out"], bounds.out), off(exact["lse"], bounds.lse)) for _ in range(DRAWS)]
 
 
-def _outputs(made: Any) -> Results:
+def _outputs(made: Any, operands: Operands) -> Results:
     """What `attention` returned."""
     if isinstance(made, Tensor):
         return {"out": made}
     if isinstance(made, tuple) and len(made) == 2 and all(isinstance(t, Tensor) for t in made):
         return {"out": made[0], "lse": made[1]}
-    raise TypeError(f"attention returned a {type(made).__name__}; it must return out, or (out, lse)")
+    raise TypeError(
+        f"attention must return out, or (out, lse); it returned {returned(made)}{advice(made, tuple(operands.dout.shape[:3]))}"
+    )
 
 
 def _new_output(made: Any, operands: Operands) -> Tensor:
@@ -298,10 +325,10 @@ def _new_output(made: Any, operands: Operands) -> Tensor:
     return made
 
 
-def _check_shapes(found: Results, operands: Operands) -> None:
-    shape = operands.dout.shape
+def _check_shapes(made: Any, found: Results, operands: Operands) -> None:
+    shape = tuple(operands.dout.shape)
     for name, wanted in (("out", shape), ("lse", shape[:3])):
         if name in found and found[name].shape != wanted:
             raise ValueError(
-                f"attention returned {name} of shape {tuple(found[name].shape)}; it must be {tuple(wanted)}"
+                f"attention returned {name} of shape {tuple(found[name].shape)}; it must be {wanted}{advice(made, shape[:3])}"
             )

@@ -20,6 +20,7 @@ from .sizes import Sizes, mask_shape, unsaid_in
 from .traced_mask import MaskMod, Shape, TracedMask, called, device_of, mask_function
 
 _LENGTH = 256  # of a mask and an attention where nothing says one
+_MOST = 32  # ends of images at which an attention is examined
 _EDGES = (16, 32, 64, 128, 256, 512, 1024)  # sizes of blocks, where kernels change their ways
 
 
@@ -182,7 +183,7 @@ class _Layer:
         __tracebackhide__ = True
         _, _, _, L, S, *_ = self.experiment.sizes
         last = L if S > max(0, L + self.offset) else L - 1  # keys after the last query are its future
-        edges = [n + step for n in _EDGES for step in (0, 1)]
+        edges = [n + step for n in _EDGES for step in (0, 1)] + self._ends()
         depends = False
         for start in sorted({t for t in (1, 2, L // 2, L - 1, L, *edges) if 0 < t <= last}):
             changed = self._from(start)
@@ -196,6 +197,15 @@ class _Layer:
                 f"{called(self.attention)}: no output changed when query, key and value did. It does not depend on its inputs, "
                 "or attends to nothing, so that nothing was tested"
             )
+
+    def _ends(self) -> list[int]:
+        """The queries at which what may see itself begins or ends, one of them and one after; at most `_MOST` evenly chosen."""
+        if self.within is None:
+            return []
+        ids = self.within.cpu().view(-1, self.within.shape[-1])
+        places = (ids[:, 1:] != ids[:, :-1]).any(0).nonzero().view(-1) + 1 - self.offset
+        chosen = places[torch.linspace(0, len(places) - 1, min(len(places), _MOST)).round().long()]
+        return [int(n) + step for n in chosen for step in (0, 1)]
 
     def _from(self, start: int) -> Positions:
         """The queries from `start` on, and the keys that come after all queries before it."""

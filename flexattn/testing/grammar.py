@@ -153,6 +153,7 @@ _SCORES = Kind(
         Rule("css", lambda c, x, y: torch_("where", c, SCORE + x, y)),
         Rule("s", lambda x: apply("{}.clamp({}, {})", SCORE + x, -2, 2.5)),
         Rule("s", lambda x: torch_("maximum", SCORE, x)),
+        Rule("s", lambda x: torch_("minimum", SCORE, x)),
         Rule("s", lambda x: torch_("exp", -abs(SCORE - x))),
         Rule("s", lambda x: torch_("log1p", abs(SCORE + x))),
         Rule("s", lambda x: torch_("sqrt", (SCORE + x) ** 2 + 1)),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .handed import advice, handed, returned
 from .sizes import Sizes
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,14 +96,16 @@ class Experiment:
         large = large * _MAGNITUDE.get(self.dtype, 1e4)
         return plain.to(self.device, self.dtype), large.to(self.device, self.dtype)
 
-    def run(self, changed: Positions | None) -> Results:
-        """The results with the values of some positions replaced: query, key, value and incoming gradient."""
+    def run(self, changed: Positions | None, opposed: bool = False) -> Results:
+        """The results with the values of some positions replaced: query, key, value and incoming gradient.
+
+        `opposed`: by such large queries and keys that all scores between them are far below zero.
+        """
         places = (None, None, None) if changed is None else (changed.queries, changed.keys, changed.keys)
-        inputs = [
-            _mixed(pair, where).requires_grad_(self.backward) for pair, where in zip(self._inputs, places, strict=True)
-        ]
+        given = _opposed(self._inputs) if opposed else self._inputs
+        inputs = [_mixed(pair, where).requires_grad_(self.backward) for pair, where in zip(given, places, strict=True)]
         with torch.enable_grad():
-            out = self.attention(*inputs)
+            out = self.attention(*map(handed, inputs))
         self._check(out)
         if not self.backward or not out.requires_grad:
             return Results(out.detach(), None, None, None)
@@ -117,11 +120,8 @@ class Experiment:
     def _check(self, out: Any) -> None:
         B, Hq, _, L, *_ = self.sizes
         if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:3] != (B, Hq, L):
-            given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"attention(query, key, value) must return a tensor [B, heads, queries, Ev] = [{B}, {Hq}, {L}, Ev]; got "
-                f"{given}. Wrap a layer of another layout: lambda q, k, v: layer(...).transpose(1, 2)"
-            )
+            wanted = f"attention(query, key, value) must return a tensor [B, heads, queries, Ev] = [{B}, {Hq}, {L}, Ev]"
+            raise ValueError(f"{wanted}; got {returned(out)}{advice(out, (B, Hq, L))}")
 
     def changes(self, after: Results, compared: Positions, before: Results | None = None) -> list[Change]:
         """The results that are not the same at the positions that are compared. Zeros of either sign are the same.
@@ -139,6 +139,18 @@ class Experiment:
                 at = _first(differs)
                 found.append(Change(name, at, float(one[at]), float(two[at]), count))
         return found
+
+
+def _opposed(inputs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """With one column of the large values that outweighs the others: below zero in queries, above it in keys."""
+    made = []
+    for (plain, large), sign in zip(inputs, (-1, 1, None), strict=True):
+        if sign is not None:
+            large = large.clone()
+            most = large.abs().amax()
+            large[..., 0] = sign * (large.shape[-1] ** 0.5 + 1) * (most + large[..., 0].abs())
+        made.append((plain, large))
+    return made
 
 
 def _first(differs: Tensor) -> tuple[int, ...]:

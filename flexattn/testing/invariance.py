@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..api import AuxRequest, flex_attention
 from ..documents import Documents
+from .handed import advice, handed, returned
 from .sizes import Sizes
 
 Mods = tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]
@@ -67,11 +68,13 @@ def assert_batch_invariant(
         score_mod, mask_mod: mods that depend on differences of positions, not on where a document stands: a document alone
             begins at position 0. What keeps documents apart is added.
         documents: of one row, in one piece each. Default: lengths from 1 to 130 tokens.
-        shape: heads and head dimensions; its B and lengths are not used.
+        shape: heads and head dimensions; its B and lengths are not used. Default `Sizes()`, with the heads of `attention` not
+            grouped.
         dtype, device, backend, kernel_options, scale: as `flex_attention` is called.
         batch_invariant: False tests `flex_attention` without the option, on `documents.mask(mask_mod)`.
         attention: tested in the place of `flex_attention`: `(query, key, value, documents) -> out` or `-> (out, lse)`, for
-            query [B, Hq, S, E] and documents of one row, which are the same for all B entries.
+            query [B, Hq, S, E] and documents of one row, which are the same for all B entries. Gradients are compared if its
+            out requires one.
         mods: for mods that read a tensor for each token: `tokens -> (score_mod, mask_mod)`, called for each packing with the
             position in `documents` of each of its tokens, int64 [S], -1 where it is a token of another document.
         seed: of the random operands.
@@ -85,7 +88,8 @@ def assert_batch_invariant(
         >>> assert_batch_invariant(mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
     """
     __tracebackhide__ = True
-    shape = Sizes() if shape is None else shape
+    if shape is None:
+        shape = Sizes() if attention is None else Sizes(Hkv=Sizes().Hq)
     shape.check()
     lengths = _lengths(documents)
     if attention is not None and not callable(attention):
@@ -117,6 +121,8 @@ def assert_batch_invariant(
         _Way("packed as given, as the second of three batch entries", everything, 0, 1, 3),
     ]
     alone = [_run(_Way("alone", (i,)), packed, starts, tokens, call)[0] for i in everything]
+    if attention is not None:
+        _check_tested(alone, _run(ways[0], packed, starts, tokens, call), _run(ways[0], packed, starts, tokens, call))
     for way in ways:
         for number, found in zip(way.order, _run(way, packed, starts, tokens, call), strict=True):
             for name, one in alone[number].items():
@@ -189,16 +195,26 @@ def _run(
     own = [torch.arange(packed[i].query.shape[2]) + starts[i] for i in way.order]
     at = torch.cat([torch.full((way.inserted,), -1), *own]).to(query.device)
     with torch.enable_grad():
-        made = call(*operands, documents, *([at] if getattr(call, "wants_positions", False) else []))
-    out, lse = made if isinstance(made, tuple) else (made, None)
-    if out.shape != dout.shape:
-        raise ValueError(
-            f"attention returned an output of shape {tuple(out.shape)}; for this query and value it is {tuple(dout.shape)}"
-        )
-    given = [(out, dout)] if lse is None else [(out, dout), (lse, dlse)]
-    dq, dk, dv = torch.autograd.grad([t for t, _ in given], operands, [g for _, g in given])
-    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        made = call(*map(handed, operands), documents, *([at] if getattr(call, "wants_positions", False) else []))
+    out, lse = _results(made, dout)
+    given = [(t, g) for t, g in ((out, dout), (lse, dlse)) if t is not None and t.requires_grad]
+    found = {"out": out, "lse": lse}
+    if given:
+        grads = torch.autograd.grad([t for t, _ in given], operands, [g for _, g in given], allow_unused=True)
+        found |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
     return list(_of_documents(found, way, lengths))
+
+
+def _results(made: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+    """out and lse, or None, of what the function returned."""
+    parts = made if isinstance(made, tuple) else (made,)
+    wanted = [tuple(dout.shape), tuple(dout.shape[:3])]
+    if len(parts) not in (1, 2) or [isinstance(t, Tensor) and tuple(t.shape) for t in parts] != wanted[: len(parts)]:
+        raise ValueError(
+            f"attention must return out of shape {wanted[0]}, or (out, lse) with lse of shape {wanted[1]}; it returned "
+            f"{returned(made)}{advice(made, wanted[1])}"
+        )
+    return parts[0], parts[1] if len(parts) == 2 else None
 
 
 def _of_documents(found: Mapping[str, Tensor | None], way: _Way, lengths: Sequence[int]) -> Iterator[dict[str, Tensor]]:
@@ -209,10 +225,28 @@ def _of_documents(found: Mapping[str, Tensor | None], way: _Way, lengths: Sequen
         start += n
 
 
+def _check_tested(alone: list[dict[str, Tensor]], one: list[dict[str, Tensor]], two: list[dict[str, Tensor]]) -> None:
+    """That there is something to compare: the function repeats its own bits, and they are numbers."""
+    __tracebackhide__ = True
+    if alone and all(bool(found["out"].isnan().all()) for found in alone):
+        raise AssertionError("the attention returns nan everywhere, so that nothing was tested")
+    for number, (found, again) in enumerate(zip(one, two, strict=True)):
+        for name in found:
+            if not torch.equal(_bits(found[name]), _bits(again[name])):
+                raise AssertionError(
+                    f"the attention does not repeat its own bits: document {number} gets another {name} in a second run on the "
+                    "same inputs. Turn off what is random in it, such as dropout, and ask for deterministic kernels, or bits "
+                    "say nothing"
+                )
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(BITS[t.element_size()])
+
+
 def _compare(name: str, alone: Tensor, other: Tensor, where: tuple[int, int, str], what: tuple[bool, bool]) -> None:
     __tracebackhide__ = True
-    bits = BITS[alone.element_size()]
-    one, two = (t.contiguous().view(bits) for t in (alone, other))
+    one, two = _bits(alone), _bits(other)
     differs = one != two
     if not bool(differs.any()):
         return

@@ -48,8 +48,8 @@ def assert_no_leak(
     algebra proves it. Then attention itself, by non-interference: query, key, value and incoming gradient of one document are
     replaced by other large values, and the outputs and the gradients of all others must not change in one bit (zeros of
     either sign are the same). That finds what is not in the mask: a layer that drops it, a score_mod or a kernel that mixes
-    documents. One document is also changed while all others have large values, except in float16: a mask by -1e4 instead of
-    -inf hides nothing from a query whose scores are all below. A document's own results are required to change.
+    documents. One document is also changed while all others have scores far below zero, except in float16: a mask by -1e4
+    instead of -inf hides nothing from a query whose scores are all below. A document's own results are required to change.
 
     A negative id is padding. Documents may not see padding, and may not depend on its values. What padding sees is nobody's
     concern: its outputs are not looked at, and no gradient comes in through them, as from a loss that ignores them. (With a
@@ -253,7 +253,7 @@ def _check_results(experiment: Experiment, ids: _Ids, most: int, suspects: str) 
 
 
 def _check_large(experiment: Experiment, ids: _Ids, documents: list[_Document], suspects: str) -> None:
-    """The first document changes while all others have large values.
+    """The first document changes while all others have large values, and scores far below zero.
 
     A mask by a large number, -1e4 instead of -inf, hides the others only from a query that has a score above it.
     """
@@ -261,10 +261,13 @@ def _check_large(experiment: Experiment, ids: _Ids, documents: list[_Document], 
     if not documents or experiment.dtype is torch.float16:  # whose products of large values overflow
         return
     real, inside = Positions(ids.queries >= 0, ids.keys >= 0), documents[0].positions(ids)
-    large, after = experiment.run(real), experiment.run(~inside & real)
+    large, after = (experiment.run(changed, opposed=True) for changed in (real, ~inside & real))
     changes = experiment.changes(after, ~inside & real, large)
     if changes:
-        raise AssertionError(_leak(documents[0], changes, ids, suspects))
+        told = (
+            f"{suspects}. All others had scores far below zero here: a mask by -1e4 hides nothing from them, -inf does"
+        )
+        raise AssertionError(_leak(documents[0], changes, ids, told))
 
 
 def _leak(document: _Document, changes: list[Change], ids: _Ids, suspects: str) -> str:

@@ -145,13 +145,16 @@ class _Smallest:
 
 def _report(case: Case, shape: Sizes, outcome: Outcome) -> str:
     search = _Smallest(case, outcome)
-    sizes = smallest(shape, search.fails, _least(case, shape))
+    # What does not repeat itself fails here and there: a smaller size says nothing.
+    sizes = shape if outcome.unrepeated else smallest(shape, search.fails, _least(case, shape))
     least = search.outcome
     lines = [f"{_subject(case)} is not what {_definition(case)} defines."]
     lines += [
         "",
         f"At {sizes}, the smallest that fails:"
         if sizes != shape
+        else f"At {sizes}:"
+        if outcome.unrepeated
         else f"At {sizes}; no smaller size was found to fail:",
     ]
     # What is wrong in the forward is wrong in the gradients, too.
@@ -164,7 +167,9 @@ def _report(case: Case, shape: Sizes, outcome: Outcome) -> str:
         lines.append(f"  right: {', '.join(right)}")
     if sizes != shape:
         lines += ["", f"At {shape}:", *map(_in_short, outcome.excesses)]
-    hints = _hints(least)
+    hints = _own_faults(outcome)
+    if not outcome.unrepeated:
+        hints += _hints(least._replace(excesses=_with_gradients_of(outcome, least)))
     if case.normalizer is not None and "out" not in least.compared:
         hints.append("attention returned out alone, which is taken for normalized; return (out, lse) if it is not.")
     if hints:
@@ -210,6 +215,28 @@ def _described(e: Excess) -> list[str]:
 
 def _in_short(e: Excess) -> str:
     return f"  {e.name} is wrong in {e.wrong} of {e.total}: found {e.found:.6g}, exact {e.exact:.6g} at {e.place}"
+
+
+def _with_gradients_of(outcome: Outcome, least: Outcome) -> list[Excess]:
+    """What is wrong at the smallest sizes, and the gradients that are at the sizes asked for: where S is 1 some are zero."""
+    known = {e.name for e in least.excesses}
+    return least.excesses + [e for e in outcome.excesses if e.name.startswith("d") and e.name not in known]
+
+
+def _own_faults(outcome: Outcome) -> list[str]:
+    """What is wrong with the function by itself, whatever it should compute."""
+    hints = []
+    if outcome.unrepeated:
+        hints.append(
+            f"A second run on the same inputs gives another {', '.join(outcome.unrepeated)}: turn off what is random in it, "
+            "such as dropout, by eval() or dropout_p=0.0."
+        )
+    if outcome.written:
+        hints.append(
+            f"It writes to its {', '.join(outcome.written)}: what it computes after that, and the backward, see other numbers. "
+            "Have it work on a copy."
+        )
+    return hints
 
 
 def _hints(outcome: Outcome) -> list[str]:

@@ -379,7 +379,7 @@ def test_the_assertion_finds_a_mod_that_reads_positions() -> None:
         ({"documents": torch.tensor([0, 3])}, TypeError, "Documents.from_lengths"),
         ({"mask_mod": masks.causal_mask, "attention": flex_attention}, ValueError, "one of the three"),
         ({"attention": 3}, TypeError, "pass a function"),
-        ({"attention": lambda q, k, v, documents: q[..., :2]}, ValueError, "returned an output of shape"),
+        ({"attention": lambda q, k, v, documents: q[..., :2]}, ValueError, "it returned a tensor of shape"),
         ({"shape": Sizes(Hq=3)}, ValueError, "no multiple of Hkv"),
     ],
 )

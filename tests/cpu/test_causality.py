@@ -124,6 +124,24 @@ def test_a_layer_of_images_is_examined_outside_of_them() -> None:
     assert "query 1 sees key 6." in text_of(attention=layer(crossing), within=images)
 
 
+def test_a_layer_whose_images_end_one_late_is_found() -> None:
+    ids = torch.full((90,), -1)
+    ids[21:27], ids[50:59] = 0, 1
+    first, last = torch.tensor([21, 50, 99]), torch.tensor([27, 59, 99])
+    number = torch.where(ids < 0, 2, ids)
+
+    def images(late: int) -> Any:
+        def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            image = number[q_idx]
+            return (q_idx >= kv_idx) | ((kv_idx >= first[image]) & (kv_idx < last[image] + late))
+
+        return lambda q, k, v: flex_attention(q, k, v, mask_mod=mask)
+
+    assert_causal(attention=images(0), within=ids)
+    with pytest.raises(AssertionError, match=r"query 21 sees key 27\.\n"):
+        assert_causal(attention=images(1), within=ids)
+
+
 def test_the_mask_and_the_layer_are_both_examined() -> None:
     assert_causal(masks.causal_mask, 40, attention=layer(masks.causal_mask))
     assert "query 0 sees key 1." in text_of(masks.causal_mask, 40, attention=layer())

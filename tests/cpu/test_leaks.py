@@ -116,6 +116,20 @@ def test_a_mask_by_a_number_leaks_where_scores_are_below_it(dtype: torch.dtype) 
     assert "leaks into document" in text_of(None, packed, attention=hidden_by(-1e4), dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_score_that_is_a_large_number_leaks_from_documents_of_many_keys(dtype: torch.dtype) -> None:
+    packed = torch.tensor([0] * 40 + [1] * 50)
+
+    def layer_with(hidden: float) -> Any:
+        def within(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return torch.where(packed[q_idx] == packed[kv_idx], score, hidden)
+
+        return lambda q, k, v: flex_attention(q, k, v, within)
+
+    assert_no_leak(None, packed, attention=layer_with(-float("inf")), dtype=dtype)
+    assert "a mask by -1e4 hides nothing from them" in text_of(None, packed, attention=layer_with(-1e4), dtype=dtype)
+
+
 def test_a_leak_of_a_few_documents_among_many_is_found_at_the_ends() -> None:
     many = torch.arange(120) // 4
     last = lambda b, h, q, k: (many[q] == many[k]) | ((many[k] == 29) & (many[q] == 3))

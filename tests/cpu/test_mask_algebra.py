@@ -16,6 +16,7 @@ from torch import Tensor
 import flexattn
 from flexattn import BlockMask, create_block_mask, create_mask, flex_attention, masks
 from flexattn.block_lists import _DENSE, by_column, dense
+from flexattn.testing import mask_diff
 from flexattn.testing.strategies import mask_mods
 
 ids = torch.arange(300) // 37
@@ -227,8 +228,11 @@ def test_tensors_that_are_too_short_are_an_error(mask: Any, message: str) -> Non
     if isinstance(mask, masks.document_mask):
         create_block_mask(mask, None, None, 300, 300, "cpu")
     x = torch.randn(1, 1, 320, 8)
+    for options in ({}, {"batch_invariant": True}):
+        with pytest.raises(IndexError, match=message):
+            flex_attention(x, x, x, mask_mod=mask, **options)
     with pytest.raises(IndexError, match=message):
-        flex_attention(x, x, x, mask_mod=mask)
+        mask_diff(mask, masks.causal_mask, 320)
 
 
 def test_indices_that_are_kept_within_are_no_error() -> None:

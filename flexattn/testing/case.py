@@ -30,6 +30,7 @@ from ..problem import Problem
 from .budget import Bounds, Results, Seeds, budgets
 from .sizes import Sizes
 from .solve import Normalizer, gradients, solve
+from .systematic import Drift, drifts
 from .verdict import Excess, excess
 from .wide import Wide, widened
 
@@ -48,11 +49,20 @@ class Operands(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The results that differ, the names of all that were compared, and of those that plain attention has wrong as well."""
+    """The results that differ, the names of all that were compared, and of those that plain attention has wrong as well.
+
+    `drifts` are systematic errors; they are looked for where no element is wrong by itself.
+    """
 
     excesses: list[Excess]
+    drifts: list[Drift]
     compared: list[str]
     plain_differs: list[str]
+
+    @property
+    def wrong(self) -> set[str]:
+        """The names of the results that differ."""
+        return {e.name for e in self.excesses} | {d.name for d in self.drifts}
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,8 @@ class Case:
         exact, seeds, plain = self._truth(operands, problem, wide, wanted, "lse" in found)
         roundings = {Op.TANH: FAST_TANH / 2**-23} if (self.kernel_options or {}).get("FAST_TANH") else {}
         own = self.attention is not None
-        allowed = budgets(problem, wide, exact, plain, seeds, wanted, roundings, scores=own).allowed
+        budget = budgets(problem, wide, exact, plain, seeds, wanted, roundings, scores=own)
+        allowed = budget.allowed
         if self.normalizer is not None:
             exact["normalized"], allowed["normalized"] = self._normalized(
                 exact, Bounds(*(allowed[n] for n in Bounds._fields))
@@ -146,7 +157,19 @@ class Case:
             for e in excesses
             if e.name in plain and excess(e.name, plain[e.name], exact[e.name], allowed[e.name])
         ]
-        return Outcome(excesses, compared, differs)
+        systematic = []
+        if not excesses:  # else it is wrong without
+            truncates = own or self._truncates(problem)
+            systematic = drifts(found, exact, plain, budget, problem, wide, seeds, own, truncates)
+        return Outcome(excesses, systematic, compared, differs)
+
+    def _truncates(self, problem: Problem) -> bool:
+        """Whether results come from Triton's interpreter, which truncates where it stores bfloat16."""
+        if choose_backend(self.backend, problem.query, problem.value) != "triton":
+            return False
+        from ..backends.target import interpreted
+
+        return interpreted()
 
     def found(self, operands: Operands, problem: Problem, blocks: BlockMask | None) -> tuple[Results, list[int]]:
         """Results of the implementation under test, and the numbers of the captured tensors whose gradients are among them."""

@@ -112,7 +112,7 @@ def assert_matches_reference(
         validate.block_mask(block_mask, *case.operands(shape)[:2])
     case.check_indices(shape)
     outcome = case.outcome(shape)
-    if outcome.excesses:
+    if outcome.wrong:
         raise AssertionError(_report(case, shape, outcome))
 
 
@@ -138,9 +138,9 @@ class _Smallest:
             outcome = self.case.outcome(sizes)
         except Exception:  # a size that the implementation does not take is no counterexample
             return False
-        if outcome.excesses:
+        if outcome.wrong:
             self.outcome = outcome
-        return bool(outcome.excesses)
+        return bool(outcome.wrong)
 
 
 def _report(case: Case, shape: Sizes, outcome: Outcome) -> str:
@@ -156,14 +156,14 @@ def _report(case: Case, shape: Sizes, outcome: Outcome) -> str:
     ]
     # What is wrong in the forward is wrong in the gradients, too.
     forward = [e for e in least.excesses if not e.name.startswith("d")]
-    worst = max(forward or least.excesses, key=lambda e: e.ratio)
-    lines += _described(worst)
-    lines += [_in_short(e) for e in least.excesses if e is not worst]
-    right = [n for n in least.compared if n not in {e.name for e in least.excesses}]
+    worst = max(forward or least.excesses, key=lambda e: e.ratio, default=None)
+    lines += [] if worst is None else _described(worst)
+    lines += [_in_short(e) for e in least.excesses if e is not worst] + [d.text for d in least.drifts]
+    right = [n for n in least.compared if n not in least.wrong]
     if right:
         lines.append(f"  right: {', '.join(right)}")
     if sizes != shape:
-        lines += ["", f"At {shape}:", *map(_in_short, outcome.excesses)]
+        lines += ["", f"At {shape}:", *map(_in_short, outcome.excesses), *(d.text for d in outcome.drifts)]
     hints = _hints(least)
     if case.normalizer is not None and "out" not in least.compared:
         hints.append("attention returned out alone, which is taken for normalized; return (out, lse) if it is not.")
@@ -214,13 +214,18 @@ def _in_short(e: Excess) -> str:
 
 def _hints(outcome: Outcome) -> list[str]:
     """What to look at, told from which results differ and how."""
-    found = {e.name: e for e in outcome.excesses}
+    found = outcome.wrong
     forward, gradients = (
-        {"out", "lse", "max_scores", "normalized"} & set(found),
+        {"out", "lse", "max_scores", "normalized"} & found,
         {n for n in found if n.startswith("d")},
     )
-    lse = found.get("lse")
+    lse = {e.name: e for e in outcome.excesses}.get("lse")
     hints = []
+    if outcome.drifts and not outcome.excesses:
+        hints.append(
+            "Every element is within its own rounding, but the errors have a direction in common, which roundings have not: "
+            "look for a factor that is slightly off, or a small term that is missing."
+        )
     if outcome.plain_differs:
         hints.append(
             f"Plain attention in this precision has that in {', '.join(outcome.plain_differs)}, too: the mod exceeds it."

@@ -1,0 +1,125 @@
+"""Dense attention in float64 with a factor 1 + t at every number that is rounded to 16 bits: how a result depends on each.
+
+In: a row of `budget`. Out: results of which any weighted sum has, by reverse differentiation at t = 0, its sensitivity to each
+rounding (Bauer, "Computational graphs and rounding error", 1974).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codegen.evaluate import Inputs, evaluate
+from ..problem import Problem
+from .budget import Results, Row, Seeds, entries
+
+
+class Rounded(NamedTuple):
+    """Numbers that are rounded to 16 bits `times` times, and their factors' zeros t. `cut`: some implementations truncate."""
+
+    value: Tensor
+    t: Tensor
+    times: float
+    cut: bool
+
+
+class Tape:
+    """The results by name, as functions of the roundings that it has recorded."""
+
+    def __init__(self) -> None:
+        self.rounded: list[Rounded] = []
+        self.results: Results = {}
+        self.sums: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def round(self, value: Tensor, times: float = 1.0, cut: bool = False) -> Tensor:
+        """`value`, rounded."""
+        return value * (1 + self.error(value, times, cut))
+
+    def error(self, value: Tensor, times: float = 1.0, cut: bool = False) -> Tensor:
+        """The relative error of rounding `value`, zero."""
+        t = torch.zeros_like(value).requires_grad_()
+        self.rounded.append(Rounded(value.detach(), t, times, cut))
+        return t
+
+    def sensitivities(self, name: str, x: Tensor) -> list[tuple[Rounded, Tensor]]:
+        """By how much the sum of x times a result changes, times each t."""
+        total = self.sums[name](x) if name in self.sums else (x * self.results[name]).sum()
+        if not total.requires_grad:
+            return []
+        found = torch.autograd.grad(total, [r.t for r in self.rounded], retain_graph=True, allow_unused=True)
+        return [(r, c) for r, c in zip(self.rounded, found, strict=True) if c is not None]
+
+
+class Bend(NamedTuple):
+    """What a score_mod and its slope do beyond the slope where r is off by a rounding, [B, Hq, L, S]."""
+
+    score: Tensor
+    slope: Tensor
+
+
+def recorded(row: Row, problem: Problem, seeds: Seeds, kv_shape: torch.Size, bend: Bend | None) -> Tape:
+    """The tape of an attention: FlashAttention-2's roundings, or with `bend` those of any other order of operations, too.
+
+    FlashAttention-2 rounds p before it is multiplied by v and dO, dR before it is multiplied by k and q, and the result, which the
+    backward reads. Others round also q and k when they scale them, scores before and after the mod, dP, and dR in steps.
+    """
+    tape, p, slope, own = Tape(), row.p, row.mod.slope.value, bend is not None
+    q, k, v, w, do = row.query, row.key, row.value, row.precision.w, seeds.dout
+    if bend is not None:
+        t = tape.error(row.raw, 2**0.5)
+        score = row.mod.score.masked_fill(row.mod.score.isinf(), 0.0)
+        change = row.scale * (tape.round(q) @ tape.round(k).mT) - row.raw + row.raw * t
+        change = slope * change + bend.score * t / w + score * tape.error(score)
+        p = p * (1 + change - (p * change).sum(-1, keepdim=True))
+        slope = slope + bend.slope * t / w
+    multiplied = tape.round(p, cut=True)
+    out = multiplied @ v
+    exact = do @ v.mT
+    dP = tape.round(exact) if own else exact
+    D = (do * tape.round(out, cut=True)).sum(-1, keepdim=True) - seeds.dlse.unsqueeze(-1)
+    if own:
+        D = D + (multiplied * (dP - exact)).sum(-1, keepdim=True)
+    dS = (tape.round(p) if own else p) * (dP - D)
+    dR = tape.round(dS * slope, 3**0.5 if own else 1.0, cut=True)
+
+    def over_group(x: Tensor) -> Tensor:
+        x = tape.round(x) if own else x
+        x = x.unflatten(1, (kv_shape[1], -1)).sum(2)
+        return x.sum(0, keepdim=True) if kv_shape[0] != x.shape[0] else x
+
+    tape.results = {
+        "out": out,
+        "dq": row.scale * (dR @ k),
+        "dk": over_group(row.scale * (dR.mT @ q)),
+        "dv": over_group(tape.round(p, cut=True).mT @ do),
+    }
+    for i in {load[0] for load in row.mod.loads}:
+        read = [(entries(places, problem.captured[i], dS), s.value) for n, places, s in row.mod.loads if n == i]
+        tape.sums[f"d captured {i}"] = lambda x, read=read: sum(
+            ((dS * s * x.reshape(-1)[at]).sum() for at, s in read), torch.zeros(())
+        )
+    return tape
+
+
+def bend_of(row: Row, wide: Problem) -> Bend:
+    """What the mod of a problem in float64 makes of scores that are off by w, beyond its slope."""
+    B, H, L, S = row.p.shape
+    device, w = row.p.device, row.precision.w
+    axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (B, H, L, S)]
+    index = [a.view([-1 if i == d else 1 for i in range(4)]) for d, a in enumerate(axes)]
+    named = dict(zip(("b", "h", "q_idx", "kv_idx"), index, strict=True))
+    slope_of = wide.variant.derivative.score
+    roots = [wide.variant.unscaled] + ([] if slope_of is None else [slope_of])
+    tensors, worst = [t.detach() for t in wide.tensors], Bend(torch.zeros_like(row.p), torch.zeros_like(row.p))
+    for sign in (1, -1):
+        given = {**named, "score": row.raw * (1 + sign * w), "grad": torch.ones_like(row.p)}
+        with torch.no_grad():
+            score, *slopes = evaluate(roots, Inputs(given, tensors, wide.floats, wide.ints, device))
+        at = row.mod.score, row.mod.slope.value
+        off = (score - at[0] - sign * w * row.raw * at[1]).abs(), *((s - at[1]).abs() for s in slopes)
+        off = tuple(torch.where(row.keep & (row.p > 0), o, 0.0) for o in off)
+        worst = Bend(torch.maximum(worst.score, off[0]), torch.maximum(worst.slope, off[1]) if slopes else worst.slope)
+    return worst

@@ -6,7 +6,8 @@ rounding (Bauer, "Computational graphs and rounding error", 1974).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,13 +45,19 @@ class Tape:
         self.rounded.append(Rounded(value.detach(), t, times, cut))
         return t
 
-    def sensitivities(self, name: str, x: Tensor) -> list[tuple[Rounded, Tensor]]:
-        """By how much the sum of x times a result changes, times each t."""
+    def sensitivities(self, name: str, x: Tensor) -> Sequence[Tensor | None]:
+        """The derivative of the sum of x times a result, by each t; None where it is zero."""
         total = self.sums[name](x) if name in self.sums else (x * self.results[name]).sum()
         if not total.requires_grad:
-            return []
-        found = torch.autograd.grad(total, [r.t for r in self.rounded], retain_graph=True, allow_unused=True)
-        return [(r, c) for r, c in zip(self.rounded, found, strict=True) if c is not None]
+            return [None] * len(self.rounded)
+        return torch.autograd.grad(total, [r.t for r in self.rounded], retain_graph=True, allow_unused=True)
+
+
+def _captured(row: Row, dS: Tensor, number: int, tensor: Tensor, x: Tensor) -> Tensor:
+    """The sum of x times the gradient of a captured tensor."""
+    weights = x.reshape(-1)
+    loads = [load for load in row.mod.loads if load[0] == number]
+    return torch.stack([(dS * s.value * weights[entries(at, tensor, dS)]).sum() for _, at, s in loads]).sum()
 
 
 class Bend(NamedTuple):
@@ -60,11 +67,17 @@ class Bend(NamedTuple):
     slope: Tensor
 
 
-def recorded(row: Row, problem: Problem, seeds: Seeds, kv_shape: torch.Size, bend: Bend | None) -> Tape:
-    """The tape of an attention: FlashAttention-2's roundings, or with `bend` those of any other order of operations, too.
+def over_group(x: Tensor, problem: Problem) -> Tensor:
+    """The sum over the heads [B, Hq] that share a key, and over the batch if it does."""
+    x = x.unflatten(1, (problem.key.shape[1], -1)).sum(2)
+    return x.sum(0, keepdim=True) if problem.key.shape[0] != x.shape[0] else x
 
-    FlashAttention-2 rounds p before it is multiplied by v and dO, dR before it is multiplied by k and q, and the result, which the
-    backward reads. Others round also q and k when they scale them, scores before and after the mod, dP, and dR in steps.
+
+def recorded(row: Row, problem: Problem, seeds: Seeds, bend: Bend | None) -> Tape:
+    """The tape of an attention: FlashAttention-2's roundings, or with a `bend` those of other orders of operations, too.
+
+    FlashAttention-2 rounds p before it is multiplied by v and dO, dR before it is multiplied by k and q, and out, which the
+    backward reads. Others also round q and k when they scale them, scores before and after the mod, dP, and dR in steps.
     """
     tape, p, slope, own = Tape(), row.p, row.mod.slope.value, bend is not None
     q, k, v, w, do = row.query, row.key, row.value, row.precision.w, seeds.dout
@@ -85,22 +98,15 @@ def recorded(row: Row, problem: Problem, seeds: Seeds, kv_shape: torch.Size, ben
     dS = (tape.round(p) if own else p) * (dP - D)
     dR = tape.round(dS * slope, 3**0.5 if own else 1.0, cut=True)
 
-    def over_group(x: Tensor) -> Tensor:
-        x = tape.round(x) if own else x
-        x = x.unflatten(1, (kv_shape[1], -1)).sum(2)
-        return x.sum(0, keepdim=True) if kv_shape[0] != x.shape[0] else x
-
+    dk, dv = row.scale * (dR.mT @ q), tape.round(p, cut=True).mT @ do
     tape.results = {
         "out": out,
         "dq": row.scale * (dR @ k),
-        "dk": over_group(row.scale * (dR.mT @ q)),
-        "dv": over_group(tape.round(p, cut=True).mT @ do),
+        "dk": over_group(tape.round(dk) if own else dk, problem),
+        "dv": over_group(tape.round(dv) if own else dv, problem),
     }
     for i in {load[0] for load in row.mod.loads}:
-        read = [(entries(places, problem.captured[i], dS), s.value) for n, places, s in row.mod.loads if n == i]
-        tape.sums[f"d captured {i}"] = lambda x, read=read: sum(
-            ((dS * s * x.reshape(-1)[at]).sum() for at, s in read), torch.zeros(())
-        )
+        tape.sums[f"d captured {i}"] = partial(_captured, row, dS, i, problem.captured[i])
     return tape
 
 
@@ -119,7 +125,7 @@ def bend_of(row: Row, wide: Problem) -> Bend:
         with torch.no_grad():
             score, *slopes = evaluate(roots, Inputs(given, tensors, wide.floats, wide.ints, device))
         at = row.mod.score, row.mod.slope.value
-        off = (score - at[0] - sign * w * row.raw * at[1]).abs(), *((s - at[1]).abs() for s in slopes)
-        off = tuple(torch.where(row.keep & (row.p > 0), o, 0.0) for o in off)
-        worst = Bend(torch.maximum(worst.score, off[0]), torch.maximum(worst.slope, off[1]) if slopes else worst.slope)
+        by = [score - at[0] - sign * w * row.raw * at[1], *(s - at[1] for s in slopes)]
+        off = [torch.where(row.p > 0, t.abs(), 0.0) for t in by]
+        worst = Bend(*(torch.maximum(t, o) for t, o in zip(worst, off, strict=False)), *worst[len(off) :])
     return worst

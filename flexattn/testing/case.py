@@ -30,7 +30,7 @@ from ..problem import Problem
 from .budget import Bounds, Results, Seeds, budgets
 from .sizes import Sizes
 from .solve import Normalizer, gradients, solve
-from .systematic import Drift, drifts
+from .systematic import Drift, Judged, drifts
 from .verdict import Excess, excess
 from .wide import Wide, widened
 
@@ -160,7 +160,7 @@ class Case:
         systematic = []
         if not excesses:  # else it is wrong without
             truncates = own or self._truncates(problem)
-            systematic = drifts(found, exact, plain, budget, problem, wide, seeds, own, truncates)
+            systematic = drifts(found, Judged(problem, wide, seeds, exact, plain, budget, own, truncates))
         return Outcome(excesses, systematic, compared, differs)
 
     def _truncates(self, problem: Problem) -> bool:

@@ -37,12 +37,12 @@ def assert_matches_reference(
     value: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Assert that attention with these mods is as exact as its precision allows, every element of every result.
+    """Assert that attention with these mods is as exact as its precision allows, each element and all together.
 
     Compared are out, lse, max_scores, and the gradients of query, key, value and of captured tensors that require one, for
     random gradients of out and of lse, with dense attention in float64 on the same device. What an element may be off by
     follows from the roundings that its computation cannot avoid, see docs/numerics.md; there is no tolerance to choose.
-    Memory is that of dense attention, some thirty tensors [B, Hq, L, S] in float64.
+    Memory is that of dense attention, some sixty tensors [B, Hq, L, S] in float64.
 
     Args:
         score_mod, mask_mod: the definition.
@@ -225,6 +225,10 @@ def _hints(outcome: Outcome) -> list[str]:
         hints.append(
             "Every element is within its own rounding, but the errors have a direction in common, which roundings have not: "
             "look for a factor that is slightly off, or a small term that is missing."
+        )
+    if any(d.of == "delta" for d in outcome.drifts):
+        hints.append(
+            "Delta is what the backward subtracts in each row: the sum of dO times out, less the gradient of lse."
         )
     if outcome.plain_differs:
         hints.append(

@@ -1,20 +1,20 @@
 """Systematic errors of a result: too small to be seen in one element, the same in all of them.
 
-In: a result, the exact one, and their budgets. Out: the projections <found - exact, x> on a few tensors x that exceed what right
-implementations reach. They are computed for 16 bits only; the budgets of float32 are below what a sum adds to them.
+In: a result, the exact one, and their budgets. Out: the projections <found - exact, x> on a few tensors x that exceed what a
+right implementation can have. Only for operands in 16 bits: of float32 the budgets of the elements see as much.
 
-A right implementation rounds some numbers u to 16 bits, each off by a factor 1 + t, |t| <= w / 2, and the projection changes by
-sum c t, with c = u d<result, x>/du (`adjoint`). Roundings of different numbers are independent and uniform, so that |sum c t|
-exceeds LAMBDA w / 2 sqrt(sum c^2 / 3) with a probability of at most 2 exp(-LAMBDA^2 / 2): a uniform number is as good as a normal
-one of its variance (Hoeffding's inequality, without the 3, is for any bounded ones).
+A right implementation rounds some numbers u to 16 bits. Each is off by a factor 1 + t, |t| <= w / 2, and changes the
+projection by c t, with c = u d<result, x>/du (`adjoint`). Roundings of different numbers are independent and uniform, so the
+sum of all c t exceeds LAMBDA w / 2 sqrt(sum c^2 / 3) with a probability of at most 2 exp(-LAMBDA^2 / 2), as for normal ones of
+that variance (Hoeffding's inequality for uniform numbers).
 
-- Equal numbers have equal roundings, as where all rows are the same. So the c of numbers whose sizes are within w / BINS of each
-  other are added up before they are squared, if that gives more. Numbers closer than w have BINS bins at most, and since
-  sqrt(BINS) < LAMBDA / sqrt(3) the bound then holds whatever their roundings have in common.
+- Equal numbers have equal roundings, as where all rows are the same. So the c of numbers whose sizes are within w / BINS of
+  each other are added up before they are squared, if that gives more. Numbers closer than w have BINS bins at most, and since
+  sqrt(BINS) < LAMBDA / sqrt(3) the bound holds whatever their roundings have in common.
 - Truncation, which rounds every number towards zero, has a mean of -w/4 to -w/2 times c. Where it may be used it is allowed, in
   its direction.
-- What is not rounded to 16 bits elements may share in full: sum |x| `Budgets.shared`.
-- Roundings of scores act by exp, so to second order they do not cancel.
+- The rest of their error the elements may share in full: sum |x| `Budgets.shared`.
+- Roundings of scores act by exp, and do not cancel to second order.
 
 The larger of that and `FACTOR` times the projection of plain attention's error is allowed.
 """
@@ -22,27 +22,26 @@ The larger of that and `FACTOR` times the projection of plain attention's error 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .adjoint import Rounded, bend_of, recorded
+from .adjoint import Rounded, bend_of, over_group, recorded
 from .budget import FACTOR, LAMBDA, Budgets, Results, Row, Seeds
 from .verdict import AXES
 from .wide import Wide
 
 BINS = 11  # to an interval in which a rounding takes all of its values; less than LAMBDA squared by 3
-TAIL = 64  # rows of a tile: the last of them are looked at alone, too
-
+TILE = 64  # rows; those of the last one are looked at alone, too
 
 # What an error in the direction of a projection is like.
 WORDS = {
     "exact": "{name} is {off} on average",
     "scale": "{name} is as with scores {off}",
-    "delta": "{name} is as with a delta, sum of dO out less dlse, {off}",
+    "delta": "{name} is as with a delta {off}",
 }
 
 
@@ -88,116 +87,98 @@ class _Direction(NamedTuple):
     where: str
 
 
-def drifts(
-    found: Results,
-    exact: Results,
-    plain: Results,
-    budget: Budgets,
-    problem: Problem,
-    wide: Wide,
-    seeds: Seeds,
-    scores: bool,
-    truncates: bool,
-) -> list[Drift]:
-    """For each result the projection of its error that exceeds what is allowed by most, if one does.
+class Judged(NamedTuple):
+    """A problem with its exact results, those of plain attention and their budgets, as `budgets` has them.
 
-    Args:
-        found: results of the implementation under test, by name; those are looked at that `budget.shared` has.
-        exact, plain, problem, wide, seeds, budget: as `budgets` gets them, and what it gives.
-        scores: whether scores may be rounded to the query's dtype, and the steps of the backward.
-        truncates: whether roundings to that dtype may be truncations.
+    `scores`: whether scores may be rounded to the query's dtype, and the steps of the backward. `truncates`: whether roundings
+    to that dtype may be truncations.
     """
+
+    problem: Problem
+    wide: Wide
+    seeds: Seeds
+    exact: Results
+    plain: Results
+    budget: Budgets
+    scores: bool
+    truncates: bool
+
+
+def drifts(found: Results, judged: Judged) -> list[Drift]:
+    """For each of the results found the projection that exceeds what is allowed by most, if one does."""
     worst: dict[str, Drift] = {}
-    for drift in projections(found, exact, plain, budget, problem, wide, seeds, scores, truncates):
+    for drift in projections(found, judged):
         if drift.ratio > max(1.0, worst[drift.name].ratio if drift.name in worst else 0.0):
             worst[drift.name] = drift
     return list(worst.values())
 
 
-def projections(
-    found: Results,
-    exact: Results,
-    plain: Results,
-    budget: Budgets,
-    problem: Problem,
-    wide: Wide,
-    seeds: Seeds,
-    scores: bool,
-    truncates: bool,
-) -> Iterator[Drift]:
-    """Every projection, whether it exceeds what is allowed or not. Arguments as of `drifts`."""
+def projections(found: Results, judged: Judged) -> Iterator[Drift]:
+    """Every projection of results that have a budget of what is shared, whether it exceeds what is allowed or not."""
+    problem, wide, seeds, exact, plain, budget, scores, truncates = judged
     row = budget.row
     if problem.query.dtype.itemsize != 2 or not row.p.numel():
         return
-    bend = bend_of(row, wide.problem) if scores else None
-    tape = recorded(row, problem, seeds, problem.key.shape, bend)
+    tape = recorded(row, problem, seeds, bend_of(row, wide.problem) if scores else None)
     second = _second_order(row) if scores else 0.0
     names = [n for n in found if n in budget.shared and n in exact]
-    keys = {id(r): _key(r.value, row.precision.w) for r in tape.rounded}
+    keys = [_key(r.value, row.precision.w) for r in tape.rounded]
     for name, of, x, where in _directions(names, row, exact, seeds, problem):
         shared, true = budget.shared[name], exact[name]
         error, usual = found[name].detach().double() - true, plain[name].double() - true
         known = error.isfinite() & usual.isfinite() & shared.isfinite() & budget.allowed[name].isfinite() & x.isfinite()
-        x, error, usual = (torch.where(known, t, 0.0) for t in (x, error, usual))
-        shared, true = torch.where(known, shared, 0.0), torch.where(known, true, 0.0)
-        w = torch.finfo(found[name].dtype).eps
-        if name.startswith("d captured") and w > 2**-20:  # autograd rounds every term and partial sum to 16 bits
+        x, error, usual, shared, true = (torch.where(known, t, 0.0) for t in (x, error, usual, shared, true))
+        stored = torch.finfo(found[name].dtype).eps
+        if name not in AXES and stored > 2**-20:  # autograd rounds every term and partial sum to 16 bits
             shared = shared + FACTOR * usual.abs()
         places = _places(name, x, row, problem)
-        stored = Rounded(true, true, 1.0, True)
-        changes = [(r, c, row.precision.w, keys[id(r)]) for r, c in tape.sensitivities(name, x)]
-        changes.append((stored, x * true, w, _key(true, w)))
-        spread = torch.zeros(len(places.names), dtype=torch.float64, device=x.device)
-        down, up = spread.clone(), spread.clone()
-        for r, c, eps, key in changes:
-            squares, total = _sums(c, key, places.of_result if r is stored else places.of_heads)
-            spread += (r.times * eps / 2) ** 2 / 3 * squares
+        last = Rounded(true, true, 1.0, True)
+        changes = [
+            (r, c, row.precision.w, key, places.of_heads)
+            for r, c, key in zip(tape.rounded, tape.sensitivities(name, x), keys, strict=True)
+            if c is not None
+        ]
+        changes.append((last, x * true, stored, _key(true, stored), places.of_result))
+        noise, down, up = torch.zeros(3, len(places.names), dtype=torch.float64, device=x.device)
+        for r, c, eps, key, labels in changes:
+            squares, total = _sums(c, key, labels)
+            noise = noise + (r.times * eps / 2) ** 2 / 3 * squares
             if truncates and r.cut:
-                down += r.times * eps / 2 * total.clamp(min=0)
-                up += r.times * eps / 2 * total.clamp(max=0).abs()
-        noise = LAMBDA * (1.25 if truncates else 1.0) * spread.sqrt()
-        full = places.add(x.abs() * shared) + second * places.add((x * true).abs())
-        size, of_found, of_plain = places.add(x * x), places.add(x * error), FACTOR * places.add(x * usual).abs()
-        low = torch.maximum(noise + full + down, of_plain).nan_to_num(nan=math.inf)
-        high = torch.maximum(noise + full + up, of_plain).nan_to_num(nan=math.inf)
+                down = down + r.times * eps / 2 * total.clamp(min=0)
+                up = up - r.times * eps / 2 * total.clamp(max=0)
+        # The mean of a truncation depends on a number's leading digits, by an eighth of w either way.
+        noise = LAMBDA * (1.25 if truncates else 1.0) * noise.sqrt()
+        noise = noise + places.add(x.abs() * shared) + second * places.add((x * true).abs())
+        size, off, of_plain = places.add(x * x), places.add(x * error), FACTOR * places.add(x * usual).abs()
+        low, high = (torch.maximum(noise + t, of_plain).nan_to_num(nan=math.inf) for t in (down, up))
         for i, place in enumerate(places.names):
-            unit = float(size[i])
-            if unit > 0:
-                numbers = (float(t[i]) / unit for t in (of_found, -low, high))
-                yield Drift(name, of, " of ".join(p for p in (where, place) if p), *numbers)
+            if (unit := float(size[i])) > 0:
+                at = " of ".join(part for part in (where, place) if part)
+                yield Drift(name, of, at, float(off[i]) / unit, -float(low[i]) / unit, float(high[i]) / unit)
 
 
-def _directions(
-    names: Sequence[str], row: Row, exact: Results, seeds: Seeds, problem: Problem
-) -> Iterator[_Direction]:
+def _directions(names: Sequence[str], row: Row, exact: Results, seeds: Seeds, problem: Problem) -> Iterator[_Direction]:
     """What errors are projected on: the result itself, what a factor of the scores does to it, what delta does to it."""
     slope = torch.where(row.p > 0, row.mod.slope.value, 0.0)
-    kv = problem.key.shape
-
-    def over_group(x: Tensor) -> Tensor:
-        x = x.unflatten(1, (kv[1], -1)).sum(2)
-        return x.sum(0, keepdim=True) if kv[0] != x.shape[0] else x
-
     moved = row.p * slope * row.raw
     delta = (seeds.dout * exact["out"]).sum(-1, keepdim=True) - seeds.dlse.unsqueeze(-1)
-    of_delta = row.scale * row.p * slope * delta
-    others = {
+    of_delta = -row.scale * row.p * slope * delta
+    others: dict[str, tuple[str, Callable[[], Tensor]]] = {
         "out": ("scale", lambda: moved @ row.value - moved.sum(-1, keepdim=True) * exact["out"]),
-        "dq": ("delta", lambda: -of_delta @ row.key),
-        "dk": ("delta", lambda: over_group(-of_delta.mT @ row.query)),
+        "dq": ("delta", lambda: of_delta @ row.key),
+        "dk": ("delta", lambda: over_group(of_delta.mT @ row.query, problem)),
     }
     for name in names:
-        made = [("exact", exact[name])]
+        x = exact[name]
+        yield _Direction(name, "exact", x, "")
+        last = (x.shape[2] - 1) // TILE * TILE if name in AXES else 0
+        if last > 0:
+            tail = torch.zeros_like(x)
+            tail[:, :, last:] = x[:, :, last:]
+            yield _Direction(name, "exact", tail, f"{AXES[name][2]} {last} to {x.shape[2] - 1}")
         if name in others:
             of, make = others[name]
-            made.append((of, make()))
-        for of, x in made:
-            yield _Direction(name, of, x, "")
-            last = (x.shape[2] - 1) // TAIL * TAIL if name in AXES else 0
-            if last > 0 and of == "exact":
-                tail = torch.zeros_like(x)
-                tail[:, :, last:] = x[:, :, last:]
-                yield _Direction(name, of, tail, f"{AXES[name][2]} {last} to {x.shape[2] - 1}")
+            yield _Direction(name, of, make(), "")
 
 
 class _Places(NamedTuple):

@@ -47,8 +47,11 @@ class Tape:
 
     def sensitivities(self, name: str, x: Tensor) -> Sequence[Tensor | None]:
         """The derivative of the sum of x times a result, by each t; None where it is zero."""
-        total = self.sums[name](x) if name in self.sums else (x * self.results[name]).sum()
-        if not total.requires_grad:
+        if name in self.results:
+            total = (x * self.results[name]).sum()
+        elif name in self.sums:
+            total = self.sums[name](x)
+        else:  # a captured tensor that no score depends on
             return [None] * len(self.rounded)
         return torch.autograd.grad(total, [r.t for r in self.rounded], retain_graph=True, allow_unused=True)
 

@@ -36,6 +36,7 @@ from .wide import Wide
 
 BINS = 11  # to an interval in which a rounding takes all of its values; less than LAMBDA squared by 3
 TILE = 64  # rows; those of the last one are looked at alone, too
+CLEARLY = 1.2
 
 # What an error in the direction of a projection is like.
 WORDS = {
@@ -105,10 +106,13 @@ class Judged(NamedTuple):
 
 
 def drifts(found: Results, judged: Judged) -> list[Drift]:
-    """For each of the results found the projection that exceeds what is allowed by most, if one does."""
+    """For each of the results found the projection that exceeds what is allowed by most, if one does.
+
+    That of a part of a result, or on something else, has to exceed by `CLEARLY` more than that of all of it.
+    """
     worst: dict[str, Drift] = {}
     for drift in projections(found, judged):
-        if drift.ratio > max(1.0, worst[drift.name].ratio if drift.name in worst else 0.0):
+        if drift.ratio > max(1.0, CLEARLY * worst[drift.name].ratio if drift.name in worst else 0.0):
             worst[drift.name] = drift
     return list(worst.values())
 

@@ -81,11 +81,12 @@ class Precision(NamedTuple):
 
 
 @dataclass
-class _Row:
+class Row:
     """What forward and backward share. [B, Hq, L, S] unless said; `key`, `value` are repeated for the heads of a group."""
 
     precision: Precision
     scale: float
+    raw: Tensor
     query: Tensor
     key: Tensor
     value: Tensor
@@ -99,10 +100,17 @@ class _Row:
 
 
 class Budgets(NamedTuple):
-    """Allowed errors by the names of the results. `conditions` are the same without the errors of plain attention."""
+    """Allowed errors by the names of the results.
+
+    `conditions` are the same without the errors of plain attention. `shared` is the part of these that the elements of a result
+    may have in common, which is all but roundings to 16 bits; for results in 16 bits and captured tensors. `row` is what they
+    were derived from.
+    """
 
     allowed: Results
     conditions: Results
+    shared: Results
+    row: Row
 
 
 def budgets(
@@ -131,7 +139,8 @@ def budgets(
         row = _row(problem, wide, exact, wanted, roundings, scores)
         out, lse, top, shared = _forward(row, exact)
         found: Results = {"out": out, "lse": lse, "max_scores": top}
-        found |= _backward(row, exact, seeds, shared, problem, wanted)
+        of_gradients, in_common = _backward(row, exact, seeds, shared, problem, wanted)
+        found, in_common = found | of_gradients, in_common | {"out": shared.of_result}
         if problem.query.dtype is torch.float64:  # nothing is more exact than float64: the truth has its own error
             found = {name: 2 * t for name, t in found.items()}
         found = {name: t.nan_to_num(nan=torch.inf) for name, t in found.items() if name in exact}
@@ -141,7 +150,7 @@ def budgets(
             allowed[name] = torch.maximum(
                 allowed[name], FACTOR * nearby(error.masked_fill(~error.isfinite(), 0.0), name)
             )
-    return Budgets(allowed, found)
+    return Budgets(allowed, found, {n: t for n, t in in_common.items() if n in exact}, row)
 
 
 def nearby(error: Tensor, name: str) -> Tensor:
@@ -164,7 +173,7 @@ def _row(
     wanted: Sequence[int],
     roundings: Mapping[Op, float] | None,
     scores: bool,
-) -> _Row:
+) -> Row:
     precision, solved = Precision.of(problem), wide.problem
     (B, H, L, _), S = problem.query.shape, problem.key.shape[2]
     group, device, shape = H // max(1, problem.key.shape[1]), problem.query.device, (B, H, L, S)
@@ -205,7 +214,7 @@ def _row(
         changed = 2**0.5 * (raw * mod.slope.value).abs()
         lse_alone = alone * (p * changed).square().sum(-1, keepdim=True).sqrt()
         alone = alone * (1 + changed.square()).sqrt()
-    return _Row(precision, problem.scale, q, k, v, keep, mod, p, E, total, alone, lse_alone)
+    return Row(precision, problem.scale, raw, q, k, v, keep, mod, p, E, total, alone, lse_alone)
 
 
 def growth(terms: float) -> float:
@@ -217,18 +226,24 @@ def growth(terms: float) -> float:
 
 
 class _Shared(NamedTuple):
-    """The part of out's error that does not come from rounding to the dtype of the operands, as out."""
+    """The part of out's error that does not come from rounding to the dtype of the operands, as out.
+
+    `of_result` has weights too small for that dtype, besides, which are rounded to zero, all of them.
+    """
 
     error: Tensor
+    of_result: Tensor
 
 
-def _forward(row: _Row, exact: Results) -> tuple[Tensor, Tensor, Tensor, _Shared]:
+def _forward(row: Row, exact: Results) -> tuple[Tensor, Tensor, Tensor, _Shared]:
     e, _, w, tiny = row.precision
     S = row.p.shape[-1]
     out, lse, top = exact["out"].abs(), exact["lse"], exact["max_scores"]
     v = row.value.abs()
     shared = row.E @ v + row.lse_error * out + e * growth(S) * (row.p @ v)
-    rounded = ((row.alone * row.p).square() @ v.square()).sqrt() + row.lse_alone * out + tiny * (row.keep.double() @ v)
+    rounded = ((row.alone * row.p).square() @ v.square()).sqrt() + row.lse_alone * out
+    lost = tiny * (row.keep.double() @ v) + tiny
+    vanishing = tiny * (_small(row.p, row.precision) @ v) + tiny
     size = top.masked_fill(top == -torch.inf, 0.0).abs()
     finite = lse.masked_fill(lse == -torch.inf, 0.0).abs()
     of_lse = (row.lse_error + row.lse_alone).squeeze(-1) + 2 * e * (1 + finite + size)
@@ -237,12 +252,19 @@ def _forward(row: _Row, exact: Results) -> tuple[Tensor, Tensor, Tensor, _Shared
         of_top = torch.maximum(*(torch.where(a == top, 0.0, (a - top).abs()) for a in (highest, lowest)))
     else:
         of_top = torch.zeros_like(top)
-    return shared + rounded + 1.5 * w * out + tiny, of_lse, of_top + 2 * e * size, _Shared(shared)
+    found = shared + rounded + 1.5 * w * out + lost
+    return found, of_lse, of_top + 2 * e * size, _Shared(shared, shared + vanishing)
+
+
+def _small(x: Tensor, precision: Precision) -> Tensor:
+    """1 where a number, or a sixteenth of it, is below the normal range of the operands' dtype, else 0."""
+    return (x.abs() < 16 * precision.tiny / precision.w).double()
 
 
 def _backward(
-    row: _Row, exact: Results, seeds: Seeds, shared: _Shared, problem: Problem, wanted: Sequence[int]
-) -> Results:
+    row: Row, exact: Results, seeds: Seeds, shared: _Shared, problem: Problem, wanted: Sequence[int]
+) -> tuple[Results, Results]:
+    """The errors of the gradients, and the part of them that elements may share."""
     e, _, w, tiny = row.precision
     (B, H, L, S), kv_shape = row.p.shape, problem.key.shape
     do, k, q, v = seeds.dout.abs(), row.key, row.query, row.value.abs()
@@ -270,28 +292,38 @@ def _backward(
         x = x.unflatten(1, (kv_shape[1], -1)).sum(2) if kv_shape[1] else x.sum(1, keepdim=True)[:, :0]
         return x.sum(0, keepdim=True) if kv_shape[0] != B else x
 
-    count, at_all = growth(S), row.keep.double()
-    dq = (dR_error + e * count * dR.abs() + tiny * at_all) @ k.abs() + alone * (per_row @ k).abs()
+    at_all, of_dR, of_p = row.keep.double(), _small(dR, row.precision), _small(row.p, row.precision)
+    sums = dR_error + e * growth(S) * dR.abs()
+    common_q = scale * ((sums + tiny * of_dR) @ k.abs())
+    dq = (sums + tiny * at_all) @ k.abs() + alone * (per_row @ k).abs()
     dq = scale * (dq + ((row.alone * dR).square() @ k.square()).sqrt() + row.lse_alone * (dR @ k).abs())
     count = growth(L * H / max(1, kv_shape[1]))
-    dk = over_group((dR_error + e * count * dR.abs() + tiny * at_all).mT @ q.abs())
+    sums = dR_error + e * count * dR.abs()
+    common_k = scale * over_group((sums + tiny * of_dR).mT @ q.abs())
+    dk = over_group((sums + tiny * at_all).mT @ q.abs())
     squares = (row.alone * dR).square() + (row.lse_alone * dR).square() + (alone * per_row).square()
     dk = scale * (dk + over_group(squares.mT @ q.square()).sqrt())
-    dv = over_group((p_error + e * count * row.p + tiny * at_all).mT @ do + row.p.mT @ seeds.dout_error)
+    sums = p_error + e * count * row.p
+    common_v = over_group((sums + tiny * of_p).mT @ do + row.p.mT @ seeds.dout_error)
+    dv = over_group((sums + tiny * at_all).mT @ do + row.p.mT @ seeds.dout_error)
     squares = (row.alone * row.p).square() + (row.lse_alone * row.p).square()
     dv = dv + over_group(squares.mT @ do.square()).sqrt()
     found = {"dq": dq, "dk": dk, "dv": dv}
     found = {n: t + 1.5 * w * exact[n].abs() + tiny for n, t in found.items() if n in exact}
+    common = {"dq": common_q + tiny, "dk": common_k + tiny, "dv": common_v + tiny}
     for i in wanted:
         tensor = problem.captured[i]
         stored = torch.finfo(tensor.dtype)
-        of_sum = _captured(row, i, tensor, dS, dS_error, alone, e)
-        found[f"d captured {i}"] = of_sum + stored.eps * exact[f"d captured {i}"].abs() + stored.tiny
-    return found
+        bound, alike = _captured(row, i, tensor, dS, dS_error, alone, e)
+        found[f"d captured {i}"] = bound + alike + stored.eps * exact[f"d captured {i}"].abs() + stored.tiny
+        common[f"d captured {i}"] = bound + stored.tiny
+    return found, common
 
 
-def _captured(row: _Row, number: int, tensor: Tensor, dS: Tensor, dS_error: Tensor, alone: Tensor, e: float) -> Tensor:
-    """The error of the gradient of a captured tensor, before it is rounded to the tensor's dtype."""
+def _captured(
+    row: Row, number: int, tensor: Tensor, dS: Tensor, dS_error: Tensor, alone: Tensor, e: float
+) -> tuple[Tensor, Tensor]:
+    """The error of the gradient of a captured tensor, before it is rounded to the tensor's dtype: shared, and from `alone`."""
     count = growth(dS.numel() / max(1, tensor.numel()))
     bound, squares = torch.zeros(2, tensor.numel(), dtype=torch.float64, device=dS.device)
     probes = torch.zeros(PROBES, tensor.numel(), dtype=torch.float64, device=dS.device)
@@ -300,10 +332,7 @@ def _captured(row: _Row, number: int, tensor: Tensor, dS: Tensor, dS_error: Tens
     for _, places, (slope, slope_error) in (load for load in row.mod.loads if load[0] == number):
         if not tensor.numel():
             continue
-        at = torch.zeros((), dtype=torch.int64, device=dS.device)
-        for place, size in zip(places, tensor.shape, strict=True):
-            at = at * size + wrap_index(place, size)
-        at = at.expand(dS.shape).reshape(-1)
+        at = entries(places, tensor, dS).reshape(-1)
         terms = dS * slope
         error = dS_error * (slope.abs() + slope_error) + dS.abs() * slope_error + (2 + count) * e * terms.abs()
         bound.index_add_(0, at, error.reshape(-1))
@@ -315,4 +344,12 @@ def _captured(row: _Row, number: int, tensor: Tensor, dS: Tensor, dS_error: Tens
             probe.index_add_(0, at, (per_row * sign).reshape(-1))
     # `alone` has LAMBDA in it: the mean square of the probes is the variance of a sum of errors that large.
     alike = torch.maximum(2 * probes.square().mean(0).sqrt(), squares.sqrt())
-    return (bound + alike).view(tensor.shape)
+    return bound.view(tensor.shape), alike.view(tensor.shape)
+
+
+def entries(places: Sequence[Tensor], tensor: Tensor, like: Tensor) -> Tensor:
+    """Which entry of `tensor`, flattened, is read at the indices `places`, as int64 of the shape of `like`."""
+    at = torch.zeros((), dtype=torch.int64, device=like.device)
+    for place, size in zip(places, tensor.shape, strict=True):
+        at = at * size + wrap_index(place, size)
+    return at.expand(like.shape)

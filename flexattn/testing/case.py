@@ -31,6 +31,7 @@ from .budget import Bounds, Results, Seeds, budgets
 from .handed import advice, handed, returned, written
 from .sizes import Sizes
 from .solve import Normalizer, gradients, solve
+from .systematic import Drift, Judged, drifts
 from .verdict import Excess, excess
 from .wide import Wide, widened
 
@@ -51,15 +52,22 @@ class Operands(NamedTuple):
 class Outcome(NamedTuple):
     """The results that differ, and the names of all that were compared.
 
-    Besides the names of those that plain attention has wrong as well, of those that a second run of `attention` on the same
-    inputs gives otherwise, and of the inputs that it writes to.
+    `drifts` are systematic errors; they are looked for where no element is wrong by itself. The other names are those of
+    results that plain attention has wrong as well, of those that a second run of `attention` on the same inputs gives
+    otherwise, and of the inputs that it writes to.
     """
 
     excesses: list[Excess]
+    drifts: list[Drift]
     compared: list[str]
     plain_differs: list[str]
     unrepeated: list[str]
     written: list[str]
+
+    @property
+    def wrong(self) -> set[str]:
+        """The names of the results that differ."""
+        return {e.name for e in self.excesses} | {d.name for d in self.drifts}
 
 
 class Found(NamedTuple):
@@ -148,7 +156,8 @@ class Case:
         exact, seeds, plain = self._truth(operands, problem, wide, wanted, "lse" in found)
         roundings = {Op.TANH: FAST_TANH / 2**-23} if (self.kernel_options or {}).get("FAST_TANH") else {}
         own = self.attention is not None
-        allowed = budgets(problem, wide, exact, plain, seeds, wanted, roundings, scores=own).allowed
+        budget = budgets(problem, wide, exact, plain, seeds, wanted, roundings, scores=own)
+        allowed = budget.allowed
         if self.normalizer is not None:
             exact["normalized"], allowed["normalized"] = self._normalized(
                 exact, Bounds(*(allowed[n] for n in Bounds._fields))
@@ -161,13 +170,25 @@ class Case:
             for e in excesses
             if e.name in plain and excess(e.name, plain[e.name], exact[e.name], allowed[e.name])
         ]
+        systematic = []
+        if not excesses:  # else it is wrong without
+            truncates = own or self._truncates(problem)
+            systematic = drifts(found, Judged(problem, wide, seeds, exact, plain, budget, own, truncates))
         unrepeated = []
-        if excesses and own:
+        if own and (excesses or systematic):
             again = self.found(operands, problem, blocks).results
             unrepeated = [
                 n for n in compared if excess(n, again[n], found[n].detach().double(), allowed[n]) is not None
             ]
-        return Outcome(excesses, compared, differs, unrepeated, changed)
+        return Outcome(excesses, systematic, compared, differs, unrepeated, changed)
+
+    def _truncates(self, problem: Problem) -> bool:
+        """Whether results come from Triton's interpreter, which truncates where it stores bfloat16."""
+        if choose_backend(self.backend, problem.query, problem.value) != "triton":
+            return False
+        from ..backends.target import interpreted
+
+        return interpreted()
 
     def found(self, operands: Operands, problem: Problem, blocks: BlockMask | None) -> Found:
         """Results of the implementation under test."""

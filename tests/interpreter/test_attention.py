@@ -29,7 +29,9 @@ WAYS = [
 
 
 def options(BLOCK_M: int = 32, BLOCK_N: int = 32, BLOCK_M1: int = 32, BLOCK_N1: int = 32, way: str = "") -> str:
-    sizes = f"BLOCK_M={BLOCK_M},BLOCK_M1={BLOCK_M1},BLOCK_M2={BLOCK_M},BLOCK_N={BLOCK_N},BLOCK_N1={BLOCK_N1},BLOCK_N2={BLOCK_N}"
+    sizes = f"BLOCK_M={BLOCK_M},BLOCK_M1={BLOCK_M1},BLOCK_N={BLOCK_N},BLOCK_N1={BLOCK_N1}"
+    if "ONE_PASS" not in way:  # which has no dQ pass
+        sizes += f",BLOCK_M2={BLOCK_M},BLOCK_N2={BLOCK_N}"
     return f"{sizes},{way}"
 
 

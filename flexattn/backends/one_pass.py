@@ -99,7 +99,10 @@ def in_one_pass_or_two(
     said = options_of(options, forward=False)
     wanted, found = said.get("ONE_PASS"), _obstacle(problem, methods)
     if not found and is_deterministic(said):
-        found = "it adds gradients by atomics, in any order, and torch.use_deterministic_algorithms(True) forbids that"
+        found = (
+            "it adds gradients by atomics, in an order that differs from run to run, which DETERMINISTIC and "
+            "torch.use_deterministic_algorithms(True) forbid"
+        )
     if wanted and found:
         raise unfollowed(options, False, "ONE_PASS", found)
     if found:

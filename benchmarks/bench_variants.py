@@ -8,7 +8,7 @@ dq and dkdv are one kernel each; backward is all of it, from delta to the last s
     python benchmarks/bench_variants.py --cells causal D128-S8192   # names that have one of these words
     python benchmarks/bench_variants.py --passes forward --variants default overlap
     python benchmarks/bench_variants.py --target sm_90              # registers and spills alone, without a device
-    TRITON_INTERPRET=1 python benchmarks/bench_variants.py --smoke  # tiny shapes on a CPU, in minutes: does the program work
+    TRITON_INTERPRET=1 python benchmarks/bench_variants.py --smoke  # tiny shapes on a CPU, once each: does the program work
 
 Kernels are compiled by many processes before anything is timed. TFLOP/s count attended elements alone: 4 * B * Hq * D for
 each in the forward, 2.5 times that in a backward; dq and dkdv are counted with all their products, 1.5 and 2 times that.
@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cells", nargs="+", metavar="WORD", help="problems whose names have one of these in them")
     made.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     made.add_argument("--variants", nargs="+", metavar="WORD", help="ways whose names have one of these in them")
-    made.add_argument("--rounds", type=int, default=12, help="how often all take turns (12)")
+    made.add_argument("--rounds", type=int, help="how often all take turns (12; with --smoke 1)")
     made.add_argument("--seconds", type=float, default=300, help="stop in time to end after that long (300)")
     made.add_argument("--resume", action="store_true", help="leave out what --out has already")
     made.add_argument("--out", type=Path, help="default: benchmarks/results/variants-<gpu>-<date>.json")
@@ -269,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
+    options.rounds = options.rounds or (1 if options.smoke else 12)
     tasks = chosen(options)
     if not tasks:
         raise SystemExit("No problem has such a name: see gpu_variants.py for what there is.")

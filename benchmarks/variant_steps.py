@@ -127,7 +127,7 @@ def compile_one(cell: Cell, part: str, way: Variant, target: Target) -> list[Rec
             ways = Ways(Problem(cell, "cpu"))
         lse = torch.empty(cell.B, cell.Hq, cell.S)
         ways.forward = backend.Forward(torch.empty_like(ways.operands.query), lse, lse)
-        with patch.object(hopper, "current", lambda: target):
+        with patch.object(hopper, "current", lambda: target), compiling_for(target):
             steps = ways.steps(part, way)
         with switched(way.switches):
             return needed(steps, target)

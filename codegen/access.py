@@ -94,13 +94,15 @@ def access(load: Node) -> Access:
     return Access(load, number, Pattern.INDIRECT, axes)
 
 
-def usual_methods(loads: Sequence[tuple[Node, Node]], wanted: Collection[int]) -> Methods:
+def usual_methods(loads: Sequence[tuple[Node, Node]], wanted: Collection[int], deterministic: bool = False) -> Methods:
     """How the gradients of loads, as in `Derivative.loads`, are collected by their patterns alone.
 
-    None for a load from a tensor that is not among the `wanted` ones, or that the loss does not depend on.
+    None for a load from a tensor that is not among the `wanted` ones, or that the loss does not depend on. `deterministic`:
+    without atomics, whose order varies from run to run.
     """
+    usual = USUAL | ({Pattern.INDIRECT: "sorted"} if deterministic else {})
     found = [(access(load), "grad" in gradient.axes) for load, gradient in loads]
-    return tuple(USUAL[to.pattern] if depends and to.number in wanted else None for to, depends in found)
+    return tuple(usual[to.pattern] if depends and to.number in wanted else None for to, depends in found)
 
 
 @lru_cache(maxsize=4096)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.target is not None:
         _check_target(arguments.target)
     mods = pair(arguments.mod, arguments.mask)
-    dtype = getattr(torch, arguments.dtype or "float32")
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     output.progress(f"explaining {mods.text}")
     with reading(mods.text):
         report = explained(

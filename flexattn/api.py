@@ -137,8 +137,9 @@ def flex_attention(
         scale: factor of the dot products. Default 1 / sqrt(E).
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return the lse, [B, Hq, L]. Kept for PyTorch's sake; prefer `return_aux`.
-        kernel_options: tuning of GPU kernels, see `flexattn.kernel_options.OPTIONS`. With
-            {"AUTOTUNE": True} the fastest configuration is found by timing, and kept on disk.
+        kernel_options: tuning of GPU kernels, see `flexattn.kernel_options.OPTIONS`; what is pinned and cannot be followed is
+            an error there, and has no effect on a CPU. With {"AUTOTUNE": True} the fastest configuration is found by timing,
+            and kept on disk.
         return_aux: which auxiliary outputs to return.
         mask_mod: function `(b, h, q_idx, kv_idx) -> bool`, True = attend. Its block mask is built for this shape and
             cached; give either this or `block_mask`.

@@ -210,7 +210,12 @@ def least_shared_memory(which: Pass, config: KernelConfig, row_bytes: int) -> in
 
 def pinned(which: Pass, options: Mapping[str, Any]) -> Pinned:
     """What checked kernel options, those of the forward or of the backward, say about one pass."""
-    return Pinned(**{part: options.get(name) for part, name in option_names(which).items()})
+    found = Pinned(**{part: options.get(name) for part, name in option_names(which).items()})
+    if which not in BY_KEY:
+        found = found._replace(upright=None)
+    if which != "forward":
+        return found._replace(overlap=None)
+    return found._replace(tma=True) if found.overlap and found.tma is None else found  # values are late only by TMA
 
 
 def option_names(which: Pass) -> dict[str, str]:
@@ -231,3 +236,8 @@ def fitted(tile: int, block: int) -> int:
     if block % dividing == 0:
         return dividing
     return min(tile, max(16, 1 << (min(block, 64) - 1).bit_length()))
+
+
+def covered(block: int, length: int, tile: int) -> int:
+    """The part of a block that tiles cover: no more than the whole axis needs, if it is a single block."""
+    return min(block, max(tile, 1 << (length - 1).bit_length())) if block >= length > 0 else block

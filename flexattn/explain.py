@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import validate
+from .backends.collection import is_deterministic
 from .codegen.access import usual_methods
 from .codegen.derivative import derivative
 from .codegen.emit import functions
@@ -18,7 +19,11 @@ from .codegen.pipeline import Variant, variant
 from .codegen.trace import describe, trace
 from .codegen.trace_cache import why_uncached
 from .explain_gradients import gradient_lines
+from .kernel_options import check_kernel_options, options_of
 from .names import captured_names
+
+ASSUMED = "for float32, since no dtype was given; pass dtype=torch.bfloat16 or torch.float16 if that is what your model runs in"
+UNTIMED = "chosen without AUTOTUNE, which may find others: that times the kernels of a call, and nothing is run here"
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,10 @@ def explain(
     score_mod: Callable[..., Tensor] | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     head_dim: int = 64,
     target: str | None = None,
+    kernel_options: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Explanation:
     """Print what becomes of a score_mod and a mask_mod, and return it.
@@ -85,14 +91,17 @@ def explain(
     Args:
         score_mod: function `(score, b, h, q_idx, kv_idx)`, or None.
         mask_mod: function `(b, h, q_idx, kv_idx)`, or None.
-        dtype: dtype of the query; scores are float64 for float64 and float32 for any other.
+        dtype: dtype of the query; scores are float64 for float64 and float32 for any other. Without it float32, which the
+            report says: most models run kernels for 16-bit types.
         head_dim: of query and value, for the choice of the kernels' configuration.
         target: GPU to compile for, such as "sm_90" or "gfx942"; it need not be there. Default: the current one, if any.
+        kernel_options: as `flex_attention` takes them; the kernels are those with what is pinned. AUTOTUNE times nothing here.
         quiet: do not print.
 
     Raises:
         TraceError: for a mod that cannot be traced.
-        ValueError: for an unknown dtype, head_dim or target, or if Triton's interpreter is on, which compiles nothing.
+        ValueError: for an unknown dtype, head_dim or target, for options that cannot be followed, or for a target if Triton's
+            interpreter is on, which compiles nothing.
 
     Example:
         >>> import flexattn
@@ -100,6 +109,8 @@ def explain(
         >>> print(report.formula)
         score' = tanh(score / 20) * 20
     """
+    options = check_kernel_options(kernel_options)
+    assumed, dtype = dtype is None, torch.float32 if dtype is None else dtype
     if dtype not in validate.DTYPES:
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(map(str, validate.DTYPES))}")
     if not isinstance(head_dim, int) or head_dim < 1:
@@ -124,8 +135,8 @@ def explain(
         _blocks(parsed, names),
         _derivative(derivative(parsed.score), names),
         gradient_lines(parsed, captured[:n], names),
-        _functions(parsed, captured[:n]),
-        _kernels(parsed, captured, ints, dtype, head_dim, target),
+        _functions(parsed, captured[:n], options_of(options, forward=False)),
+        _kernels(parsed, captured, ints, dtype, head_dim, target, options) + (f"\n{ASSUMED}" if assumed else ""),
         _backend(parsed),
         _tracing(why_uncached(score_mod, mask_mod, score_dtype=score_dtype, device=torch.device("cpu"))),
     )
@@ -175,10 +186,10 @@ def _derivative(derivative: Any, names: Mapping[str, str]) -> str:
     return text or "nothing depends on the score or on a captured tensor"
 
 
-def _functions(parsed: Variant, captured: Sequence[Tensor]) -> str:
+def _functions(parsed: Variant, captured: Sequence[Tensor], options: Mapping[str, Any]) -> str:
     wanted = [i for i, t in enumerate(captured) if t.requires_grad]
-    methods = usual_methods(parsed.derivative.loads, wanted)
-    made = [f for f in functions(parsed, methods) if f is not None]
+    methods = usual_methods(parsed.derivative.loads, wanted, is_deterministic(options))
+    made = [f for f in functions(parsed, methods, fast_tanh=bool(options.get("FAST_TANH"))) if f is not None]
     return "\n".join(f.source for f in made).rstrip() or "none: the templates compute unmodified scores by themselves"
 
 
@@ -189,6 +200,7 @@ def _kernels(
     dtype: torch.dtype,
     head_dim: int,
     target: str | None,
+    options: Mapping[str, Any],
 ) -> str:
     if target is None and not torch.cuda.is_available():
         return (
@@ -204,8 +216,9 @@ def _kernels(
         if target is None:
             return "run by Triton's interpreter, which compiles nothing"
         raise ValueError("Triton's interpreter is on, which compiles nothing: unset TRITON_INTERPRET to use target=")
-    found = survey(parsed, captured, ints, dtype, head_dim, None if target is None else named(target))
-    return "\n".join(map(str, found))
+    found = survey(parsed, captured, ints, dtype, head_dim, None if target is None else named(target), options=options)
+    timed = any(said and name.endswith("AUTOTUNE") for name, said in options.items())
+    return "\n".join([*map(str, found), *([UNTIMED] if timed else [])])
 
 
 def _backend(parsed: Any) -> str:

@@ -1,8 +1,9 @@
 """Options of the kernels that a user may pin, as one table: name, type, and what it does.
 
-The names are those of `torch.nn.attention.flex_attention`, so that existing code runs unchanged. Options tune GPU
-kernels and never change a result beyond rounding, but for FAST_TANH; the tiled and reference backends have nothing to tune and
-accept them without effect, but for BATCH_INVARIANT.
+The names are those of `torch.nn.attention.flex_attention`. Options tune GPU kernels and never change a result beyond rounding,
+but for FAST_TANH. The kernels follow what is pinned; where the operands or the GPU do not permit it, the call raises
+`ValueError`, and says why. The tiled and reference backends have nothing to tune: they accept all options without effect, but
+for BATCH_INVARIANT, so that code with options for a GPU runs on a CPU too.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ _TILE, _COUNT = "power of two from 16 to 512", "positive integer"
 _IGNORED = "accepted without effect: "
 
 OPTIONS: dict[str, Option] = {
-    "BLOCK_M": Option(_TILE, "query rows of a forward tile; no tile is larger than a block of the mask"),
-    "BLOCK_N": Option(_TILE, "keys of a forward tile"),
+    "BLOCK_M": Option(_TILE, "query rows of a forward tile; it must divide the blocks of the mask"),
+    "BLOCK_N": Option(_TILE, "keys of a forward tile, likewise"),
     "BLOCK_M1": Option(_TILE, "query rows of a tile in the dK/dV pass"),
     "BLOCK_N1": Option(_TILE, "keys of a tile in the dK/dV pass"),
-    "BLOCK_M2": Option(_TILE, "query rows of a tile in the dQ pass"),
-    "BLOCK_N2": Option(_TILE, "keys of a tile in the dQ pass"),
+    "BLOCK_M2": Option(_TILE, "query rows of a tile in the dQ pass; pinned, the backward has two passes"),
+    "BLOCK_N2": Option(_TILE, "keys of a tile in the dQ pass, likewise"),
     "num_warps": Option("power of two, at most 32", "warps of a program"),
     "num_stages": Option(_COUNT, "depth of the software pipeline"),
     "BLOCKS_ARE_CONTIGUOUS": Option(
         "bool",
-        "the full blocks of every list are adjacent: checked once for each mask, and then counted, not read; "
-        "set by itself where `create_block_mask` found it so",
+        "a statement: the full blocks of every list are adjacent. Checked once for each mask; where it is true they are "
+        "counted, not read. Set by itself where `create_block_mask` found it so",
     ),
     "DETERMINISTIC": Option(
         "bool",
@@ -57,20 +58,22 @@ OPTIONS: dict[str, Option] = {
     ),
     "USE_TMA": Option(
         "bool",
-        "tiles are loaded by the tensor memory accelerator, where strides and alignment permit; on by itself for compute "
-        "capability 9.0, 10.0 and 10.3 and 16-bit types",
+        "tiles are loaded by the tensor memory accelerator, which NVIDIA GPUs have from compute capability 9.0 on; on by "
+        "itself for 9.0, 10.0 and 10.3 and 16-bit types, where strides, alignment and the blocks of the mask permit",
     ),
     "OVERLAP": Option(
-        "bool", "the forward adds values one tile late, so that a softmax overlaps a product; only where TMA is used"
+        "bool",
+        "the forward adds values one tile late, so that a softmax overlaps a product; tiles are loaded by TMA then",
     ),
     "UPRIGHT": Option(
         "bool",
-        "tiles of the dK/dV pass have queries as rows: fewer registers, more shared memory; never changes a result",
+        "tiles of the dK/dV pass have queries as rows: fewer registers, more shared memory; not where gradients of captured "
+        "tensors are summed by keys",
     ),
     "PIECES": Option(
         "bool",
         "head dimensions such as 80, 96 and 192 are computed as 64 + 16, 64 + 32 and 128 + 64 columns instead of being padded "
-        "to a power of two; on by itself",
+        "to a power of two, where that saves a quarter; on by itself",
     ),
     "ONE_PASS": Option(
         "bool",
@@ -86,11 +89,11 @@ OPTIONS: dict[str, Option] = {
     "FAST_TANH": Option(
         "bool",
         "tanh in a mod, of a softcap for example, is the GPU's own instruction, with a relative error of 2^-11, as small as "
-        "the rounding of 16-bit inputs; without effect on AMD and in the interpreter",
+        "the rounding of 16-bit inputs; NVIDIA only. The interpreter, which has no such instruction, computes it exactly",
     ),
-    "kpack": Option(_COUNT, "AMD: packing of the matrix operands"),
-    "matrix_instr_nonkdim": Option(_COUNT, "AMD: shape of the matrix instruction"),
-    "waves_per_eu": Option(_COUNT, "AMD: occupancy target"),
+    "kpack": Option(_COUNT, "AMD only: packing of the matrix operands"),
+    "matrix_instr_nonkdim": Option(_COUNT, "AMD only: shape of the matrix instruction"),
+    "waves_per_eu": Option(_COUNT, "AMD only: occupancy target"),
     "BACKEND": Option("backend", 'PyTorch\'s choice of kernel; "AUTO" and "TRITON" are accepted'),
     "SPLIT_KV": Option(_COUNT, _IGNORED + "there is no decoding kernel that splits the keys"),
     "FORCE_USE_FLEX_ATTENTION": Option("bool", _IGNORED + "there is no decoding kernel to avoid"),
@@ -114,24 +117,32 @@ _MEANINGLESS = {
     "fwd_UPRIGHT": _BACKWARD,
     "fwd_ONE_PASS": _BACKWARD,
 }
-_CONTRADICTIONS = (  # an option, whether it is the forward's, and the other that it contradicts
-    (
-        "ONE_PASS",
-        False,
-        "DETERMINISTIC",
-        True,
-        "one pass adds to dQ by atomics, in an order that differs from run to run",
+_ATOMICS = "one pass adds to dQ by atomics, in an order that differs from run to run"
+_NO_DQ_PASS = "a backward in one pass has no dQ pass"
+
+
+class _Contradiction(NamedTuple):
+    """An option that is True, and another one of the same direction whose value it contradicts: any, if `against` is None."""
+
+    name: str
+    forward: bool
+    other: str
+    against: bool | None
+    why: str
+
+
+_CONTRADICTIONS = (
+    _Contradiction("ONE_PASS", False, "DETERMINISTIC", True, _ATOMICS),
+    _Contradiction("ONE_PASS", False, "BATCH_INVARIANT", True, _ATOMICS),
+    _Contradiction("ONE_PASS", False, "BLOCK_M2", None, _NO_DQ_PASS),
+    _Contradiction("ONE_PASS", False, "BLOCK_N2", None, _NO_DQ_PASS),
+    _Contradiction("AUTOTUNE", True, "BATCH_INVARIANT", True, _TIMED),
+    _Contradiction("AUTOTUNE", False, "BATCH_INVARIANT", True, _TIMED),
+    _Contradiction(
+        "OVERLAP", True, "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"
     ),
-    (
-        "ONE_PASS",
-        False,
-        "BATCH_INVARIANT",
-        True,
-        "one pass adds to dQ by atomics, in an order that differs from run to run",
-    ),
-    ("AUTOTUNE", True, "BATCH_INVARIANT", True, _TIMED),
-    ("AUTOTUNE", False, "BATCH_INVARIANT", True, _TIMED),
-    ("OVERLAP", True, "USE_TMA", False, "values are added late only where TMA reads zeros beyond the end"),
+    _Contradiction("WARP_SPECIALIZED", True, "USE_TMA", False, "the warp-specialised kernel loads by TMA"),
+    _Contradiction("WARP_SPECIALIZED", True, "OVERLAP", False, "the warp-specialised kernel adds values one tile late"),
 )
 
 
@@ -161,10 +172,13 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if not _fits(kind, value):
             allowed = '"AUTO" or "TRITON"' if kind == "backend" else f"a {kind}"
             raise ValueError(f"kernel option {name!r} is {value!r}; it must be {allowed}")
-    for name, forward, other, against, why in _CONTRADICTIONS:
-        said = options_of(options, forward)
-        if said.get(name) is True and said.get(other) is against:
-            raise ValueError(f"kernel options {name}=True and {other}={against}: {why}; leave one of them out")
+    of = {forward: options_of(options, forward) for forward in (True, False)} if options else {}
+    for c in _CONTRADICTIONS if options else ():
+        said = of[c.forward]
+        if said.get(c.name) is True and c.other in said and c.against in (None, said[c.other]):
+            raise ValueError(
+                f"kernel options {c.name}=True and {c.other}={said[c.other]}: {c.why}; leave one of them out"
+            )
     return dict(options)
 
 
@@ -173,6 +187,15 @@ def options_of(options: Mapping[str, Any], forward: bool) -> dict[str, Any]:
     own = PREFIXES[0] if forward else PREFIXES[1]
     bare = {name: value for name, value in options.items() if not name.startswith(PREFIXES)}
     return bare | {name[len(own) :]: value for name, value in options.items() if name.startswith(own)}
+
+
+def unfollowed(options: Mapping[str, Any], forward: bool, name: str, why: str) -> ValueError:
+    """The error for an option, named without its prefix, that cannot be followed: `why`, and what to write instead."""
+    prefixed = PREFIXES[0 if forward else 1] + name
+    written = prefixed if prefixed in options else name
+    return ValueError(
+        f'kernel_options={{"{written}": {options.get(written)}}} cannot be followed: {why}; or leave the option out'
+    )
 
 
 def options_text(options: Mapping[str, Any]) -> str:

@@ -133,7 +133,10 @@ The reductions `sum`, `mean`, `prod`, `amax`, `amin`, `max`, `min`, `any` and `a
 ## Kernel options
 
 The keys of `kernel_options`, each with an optional prefix {prefixes}. They tune GPU kernels and
-never change a result; the backends `tiled` and `reference` have nothing to tune.
+never change a result beyond rounding, but for `FAST_TANH`. The kernels follow what is pinned. Where the operands, the block
+mask or the GPU do not permit it, the call raises `ValueError`, which says why and what to write instead; candidates of
+`AUTOTUNE` are left out. The backends `tiled` and `reference` have nothing to tune: they accept all options, so that code for a
+GPU runs on a CPU too.
 
 {options()}"""
     )

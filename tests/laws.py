@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from assertions import EPSILON, assert_within, assert_within_budget
 from learned_mods import LearnedMod
+from permitted import permitted
 from strategies import FLOATING, Mod, Shape, environment
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def assert_right(
     wanted = [i for i, t in enumerate(problem.tensors) if i in wide.leaves and t.requires_grad]
     exact = solve(wide.problem, [(i, wide.leaves[i]) for i in wanted], *seeds)
     plain = solve(problem, [(i, problem.captured[i]) for i in wanted], *seeds, plain=True)
-    found = run(backend, problem, wanted, seeds, options)
+    found = run(backend, problem, wanted, seeds, permitted(options, problem, wanted))
     dout, dlse = seeds[0].double(), torch.where(exact["lse"].isfinite(), seeds[1], 0)
     arrive = Seeds(dout, dlse, torch.zeros_like(dout), torch.zeros_like(dlse))
     allowed = budgets(problem, wide, exact, plain, arrive, wanted).allowed

@@ -25,6 +25,23 @@ def describable(t: Tensor) -> bool:
     )
 
 
+def indescribable(t: Tensor) -> str:
+    """Why a tensor with elements is not `describable`, and what would make it so."""
+    unit, size = ALIGNMENT // t.element_size(), t.element_size()
+    if t.shape[3] % unit:
+        return (
+            f"has rows of {t.shape[3]} elements of {size} bytes; make that a multiple of {unit}, for example by zeros"
+        )
+    if t.stride(3) != 1:
+        return "has rows whose elements are not adjacent; pass it through .contiguous()"
+    if t.data_ptr() % ALIGNMENT:
+        return f"begins at an address that is no multiple of {ALIGNMENT} bytes; pass it through .clone()"
+    return (
+        f"has strides {t.stride()}, which are no positive multiples of {unit} elements; pass it through "
+        ".clone(memory_format=torch.contiguous_format)"
+    )
+
+
 def tile_descriptor(t: Tensor, rows: int, columns: int) -> Any:
     """The descriptor of a describable tensor that reads [rows, columns] of one batch entry and head.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import KernelConfig, Pinned
-from ..kernel_options import options_of
+from ..kernel_options import options_of, unfollowed
 from ..problem import Problem
 from .descriptors import TMA
 from .launch import Call
@@ -94,19 +94,20 @@ def obstacle(problem: Problem, target: Target | None, pinned: Pinned) -> str:
     return ""
 
 
-def chosen(call: Call, problem: Problem, options: Mapping[str, Any]) -> Call:
-    """The call of the forward kernel that options ask for, given that of the ordinary one.
+def chosen(call: Call, problem: Problem, options: Mapping[str, Any], target: Target | None = None) -> Call:
+    """The call of the forward kernel that options ask for on a target, by default the current device, given that of the
+    ordinary one.
 
     Raises `ValueError` where WARP_SPECIALIZED is asked for and not possible.
     """
     asked = options_of(options, forward=True).get(OPTION)
     if not (DEFAULT if asked is None else asked):
         return call
-    found = obstacle(problem, None if interpreted() else current(), call.pinned)
+    found = obstacle(problem, None if interpreted() else target or current(), call.pinned)
     if not found:
         return specialised(call, problem)
     if asked:
-        raise ValueError(f'kernel_options={{"{OPTION}": True}} cannot be followed: {found}; or leave the option out')
+        raise unfollowed(options, True, OPTION, found)
     return call
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codegen.access import Methods
 from ..config import prefers_one_pass
+from ..kernel_options import options_of, unfollowed
 from ..problem import Problem
 from . import work_order
 from .collection import is_deterministic
@@ -75,40 +76,50 @@ ALONE = Sums(None, None, None, 1)  # two passes, and one program for all that sh
 
 def can_be_one_pass(problem: Problem, methods: Methods) -> bool:
     """Whether the programs of keys can do all: nothing is collected by queries, and tiles end where blocks do."""
-    return set(methods) <= {None, "column"} and (not problem.block_mask or problem.block_size[0] % 16 == 0)
+    return not _obstacle(problem, methods)
 
 
-def in_one_pass_or_two(problem: Problem, methods: Methods, options: Mapping[str, Any]) -> list[bool]:
+def _obstacle(problem: Problem, methods: Methods) -> str:
+    if not set(methods) <= {None, "column"}:
+        return "the gradient of a captured tensor that is read by head, row or element is summed by tiles of queries"
+    if problem.block_mask and problem.block_size[0] % 16:
+        blocks = problem.block_size[0]
+        return f"blocks of {blocks} queries have no tiles that end where they do; make the block mask with a multiple of 16"
+    return ""
+
+
+def in_one_pass_or_two(
+    problem: Problem, methods: Methods, options: Mapping[str, Any], target: Target | None = None
+) -> list[bool]:
     """Whether dQ is computed with dK and dV, given how gradients of captured tensors are collected: what is expected to be
-    faster, and then the other, if it is to be found out by timing both.
+    faster on a target, by default the operands' device, and then the other, if it is to be found out by timing both.
 
     Raises `ValueError` where the caller insists on what cannot be.
     """
-    wanted = options.get("ONE_PASS")
-    able = can_be_one_pass(problem, methods)
-    if wanted and not able:
-        raise ValueError(
-            "kernel option ONE_PASS=True: blocks of queries that are no multiple of 16, and gradients of captured tensors "
-            "that are read by head, row or element, need two passes; leave the option out"
+    said = options_of(options, forward=False)
+    wanted, found = said.get("ONE_PASS"), _obstacle(problem, methods)
+    if not found and is_deterministic(said):
+        found = (
+            "it adds gradients by atomics, in an order that differs from run to run, which DETERMINISTIC and "
+            "torch.use_deterministic_algorithms(True) forbid"
         )
-    if wanted and is_deterministic(options):
-        raise ValueError(
-            "kernel option ONE_PASS=True adds gradients by atomics, in an order that differs from run to run; leave it out "
-            "under torch.use_deterministic_algorithms(True)"
-        )
-    if not able or is_deterministic(options):
+    if wanted and found:
+        raise unfollowed(options, False, "ONE_PASS", found)
+    if found:
         return [False]
     if wanted is not None:
         return [bool(wanted)]
-    preferred = one_pass_is_faster(problem, options.get("PIECES", True))
-    return [preferred, not preferred] if options.get("AUTOTUNE") else [preferred]
+    if said.get("BLOCK_M2") or said.get("BLOCK_N2"):  # tiles of the dQ pass
+        return [False]
+    preferred = one_pass_is_faster(problem, said.get("PIECES", True), target)
+    return [preferred, not preferred] if said.get("AUTOTUNE") else [preferred]
 
 
-def one_pass_is_faster(problem: Problem, in_pieces: bool = True) -> bool:
-    """What the table of configurations says for the device of the operands."""
-    if interpreted() or problem.query.device.type != "cuda":
+def one_pass_is_faster(problem: Problem, in_pieces: bool = True, target: Target | None = None) -> bool:
+    """What the table of configurations says for a target, by default the device of the operands."""
+    if target is None and (interpreted() or problem.query.device.type != "cuda"):
         return False
-    target = _target(problem.query.device)
+    target = target or _target(problem.query.device)
     query, precision = problem.query, precision_of(problem.query)
     width = max(pieces(n, in_pieces).columns for n in (query.shape[-1], problem.value.shape[-1]))
     return prefers_one_pass(target.backend, target.arch, product_of(query, precision), width)

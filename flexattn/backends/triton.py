@@ -20,7 +20,7 @@ from ..codegen.distances import NEAR
 from ..codegen.emit import functions
 from ..codegen.jit import Jitted, jitted
 from ..codegen.pipeline import Variant
-from ..config import BY_KEY, KernelConfig, Pass, Pinned, fitted, pinned
+from ..config import BY_KEY, KernelConfig, Pass, Pinned, covered, fitted, pinned
 from ..kernel_options import options_of, options_text
 from ..layout import empty_like_strides, in_order_of
 from ..problem import Problem
@@ -29,7 +29,7 @@ from ..templates.backward_delta import attention_delta
 from ..templates.backward_dkdv import attention_backward_dkdv
 from ..templates.backward_dq import attention_backward_dq
 from ..templates.forward import attention_forward
-from . import autotune, hopper, kernel_lists, work_order
+from . import autotune, hopper, kernel_lists, pins, work_order
 from .collection import Collection, Tiling, is_deterministic
 from .descriptors import LARGEST_BOX, TMA, describable, sum_descriptor, tile_descriptor
 from .invariant import by_one_form, canonical, canonical_problem, is_invariant
@@ -81,6 +81,8 @@ def backward(
     apart = is_invariant(said)
     if apart:
         problem, out, dout = canonical_problem(problem), canonical(out), canonical(dout)
+    if said.get("USE_TMA") and not describable(dout):
+        dout = canonical(dout)
     query, key, value = problem.query, problem.key, problem.value
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=query.device) for t in (query, key, value))
     result = Backward(dq, dk, dv, [])
@@ -99,7 +101,7 @@ def backward(
         steps.append(dkdv_call(problem, dout, lse, delta, result, collection, options, sums))
         return [*steps, partial(sums.finish, result, problem.scale)]
 
-    ways = [way(in_one_pass) for in_one_pass in in_one_pass_or_two(problem, collection.methods, said)]
+    ways = [way(in_one_pass) for in_one_pass in in_one_pass_or_two(problem, collection.methods, options)]
     for step in ways[autotune.fastest(ways)]:
         launch(step) if isinstance(step, Call) else step()
     return result._replace(dcaptured=collection.results())
@@ -185,7 +187,7 @@ def _call(
     options: Mapping[str, Any],
 ) -> Call:  # fmt: skip
     """What the three attention kernels have in common."""
-    options = options_of(options, forward=which == "forward")
+    given, options = options, options_of(options, forward=which == "forward")
     query, key = problem.query, problem.key
     B, H, L, D = query.shape
     S, DV = key.shape[2], problem.value.shape[-1]
@@ -229,12 +231,20 @@ def _call(
         "OFFSET": _offset_type(*matrices.values()),
     }
 
+    fixed = pinned(which, options)
+
+    def sizes_of(M: int, N: int) -> pins.Tiles:
+        if not listed:
+            return pins.Tiles(M, N, M, N)
+        M, N = fitted(M, block_q), fitted(N, block_kv)
+        return pins.Tiles(M, N, covered(block_q, L, M), covered(block_kv, S, N))
+
+    usual = partial(sizes_of, fixed.BLOCK_M or 64, fixed.BLOCK_N or 64)
+    pins.check(given, which, problem, {n: matrices[n] for n in read}, usual, made.column_grads is not None)
+
     def shaped(config: KernelConfig) -> dict[str, Any]:
-        if listed:
-            BLOCK_M, BLOCK_N = fitted(config.BLOCK_M, block_q), fitted(config.BLOCK_N, block_kv)
-            SPARSE_Q, SPARSE_KV = _sparse(block_q, L, BLOCK_M), _sparse(block_kv, S, BLOCK_N)
-        else:
-            BLOCK_M, BLOCK_N = SPARSE_Q, SPARSE_KV = config.BLOCK_M, config.BLOCK_N
+        sizes = sizes_of(config.BLOCK_M, config.BLOCK_N)
+        BLOCK_M, BLOCK_N, SPARSE_Q, SPARSE_KV = sizes
         if by_key:
             tiles = _tiles(S, SPARSE_KV, BLOCK_N)
         else:
@@ -254,9 +264,8 @@ def _call(
         tma = config.tma and by_tma and SPARSE_Q % BLOCK_M == 0 and SPARSE_KV % BLOCK_N == 0
         # All tiles or none: what is added one tile late has to read as zero beyond the end.
         tma = tma and max(BLOCK_M, BLOCK_N, widths[D].width, widths[DV].width) <= LARGEST_BOX
-        sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "SPARSE_Q": SPARSE_Q, "SPARSE_KV": SPARSE_KV}
         upright = config.upright and made.column_grads is None
-        shape = _shape(**constants, **sizes, OVERLAP=config.overlap and tma, UPRIGHT=upright)
+        shape = _shape(**constants, **sizes._asdict(), OVERLAP=config.overlap and tma, UPRIGHT=upright)
         found = {"shape": shape, "lists": lists, "order": order, "tiles": tiles, "grid": tiles * outer}
         for name in read:
             rows, parts = (BLOCK_N if name in "kv" else BLOCK_M), widths[matrices[name].shape[-1]]
@@ -272,7 +281,7 @@ def _call(
     # Equal generated functions are the same objects, and live as long as the process.
     key_of_choice = (which, *map(id, made), query.dtype, D, DV, problem.block_size if listed else None, precision)
     key_of_choice += (by_tma, splits > 1, apart, *widths.values())
-    compiler_options = _amd_options(options) if torch.version.hip else {}
+    compiler_options = {} if interpreted() else _amd_options(options)
     facts = {
         "pass": which,
         "precision": precision,
@@ -282,7 +291,6 @@ def _call(
         "pieces": str([tuple(w) for w in widths.values()]),
     }
     facts["compiler"] = options_text(compiler_options)
-    fixed = pinned(which, options)
     return Call(
         kernel=kernel,
         which=which,
@@ -304,7 +312,7 @@ def _call(
 def _functions(problem: Problem, options: Mapping[str, Any], methods: Methods = ()) -> Jitted:
     wide = tuple(i for i, t in enumerate(problem.tensors) if max(_reach(t), t.numel()) > FARTHEST)
     far = max(problem.query.shape[2], problem.key.shape[2]) > NEAR
-    fast_tanh = bool(options.get("FAST_TANH")) and torch.version.hip is None and not interpreted()
+    fast_tanh = bool(options.get("FAST_TANH")) and not interpreted()
     return _functions_of(problem.variant, methods, wide, far, fast_tanh)
 
 
@@ -346,11 +354,6 @@ def _with_elements(t: Tensor) -> Tensor:
 
 def _matrix(t: Tensor) -> Matrix:
     return Matrix(t, *t.stride())
-
-
-def _sparse(block: int, length: int, tile: int) -> int:
-    """The size of a block, no larger than the whole axis needs if it is a single block."""
-    return min(block, max(tile, 1 << (length - 1).bit_length())) if block >= length > 0 else block
 
 
 def _tiles(length: int, block: int, tile: int) -> int:

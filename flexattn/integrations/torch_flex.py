@@ -41,6 +41,7 @@ _FUNCTION: Any = theirs.flex_attention
 _HOP = find("torch.nn.attention.flex_attention.flex_attention_hop")
 _TUNING = frozenset(theirs.FlexKernelOptions.__annotations__)
 _KERNELS = ("FLASH", "TRITON_DECODE")  # of PyTorch's; which one runs changes no result
+_OF_AMD = ("kpack", "matrix_instr_nonkdim", "waves_per_eu")
 
 
 def install() -> None:
@@ -193,13 +194,20 @@ def _same(one: object, other: object) -> bool:
 
 
 def _options(given: Mapping[str, Any] | None) -> Any:
-    """PyTorch's kernel options, less those that only its own kernels have. What neither knows stays, to be refused."""
+    """PyTorch's kernel options, less those that only its own kernels have, and those that it drops where they do not apply.
+
+    What neither knows stays, to be refused.
+    """
     if not isinstance(given, Mapping):
         return given
     kept = {}
     for name, value in given.items():
         bare = name[4:] if name.startswith(PREFIXES) else name
         if bare == "BACKEND" and value in _KERNELS:
+            continue
+        if bare == "USE_TMA" and value is True:  # a permission, not a demand
+            continue
+        if bare in _OF_AMD and torch.version.hip is None:
             continue
         if bare in OPTIONS or bare not in _TUNING:
             kept[name] = value

@@ -71,6 +71,36 @@ def test_explain_compiles_for_a_gpu_that_is_only_named(tmp_path: Path) -> None:
     assert all("BLOCK_M=" in line and " registers, 0 bytes spilled, " in line for line in lines)
 
 
+PINNED = """
+import torch, flexattn
+def kernels(target="sm_90", head_dim=64, **options):
+    return flexattn.explain(
+        None, flexattn.masks.causal_mask, dtype=torch.bfloat16, head_dim=head_dim, target=target, kernel_options=options,
+        quiet=True,
+    ).kernels.splitlines()
+found = kernels(fwd_BLOCK_M=64, num_warps=4, BLOCK_N=32, fwd_USE_TMA=False, BLOCK_M2=32, BLOCK_N2=32, BLOCK_M1=32, BLOCK_N1=64)
+print(*found, *kernels(ONE_PASS=True, UPRIGHT=True, AUTOTUNE=True, bwd_num_stages=1), sep="\\n")
+print(kernels("gfx942", kpack=2, waves_per_eu=2, BLOCK_M=64)[0])
+for refused in ({"target": "sm_80", "USE_TMA": True}, {"target": "gfx942", "FAST_TANH": True}, {"kpack": 2}, {"BLOCK_N": 256},
+                {"target": "sm_80", "WARP_SPECIALIZED": True}, {"head_dim": 20, "OVERLAP": True}):
+    try:
+        kernels(**refused)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_explain_shows_the_kernels_with_what_is_pinned_or_refuses_it(tmp_path: Path) -> None:
+    forward, dq, dkdv, plain, one, untimed, amd, *refusals = run("-c", PINNED, cache=tmp_path).splitlines()
+    assert forward.startswith("attention_forward: BLOCK_M=64, BLOCK_N=32, num_warps=4,") and "TMA" not in forward
+    assert dq.startswith("attention_backward_dq: BLOCK_M=32, BLOCK_N=32, num_warps=4,") and "by TMA" in dq
+    assert dkdv.startswith("attention_backward_dkdv: BLOCK_M=32, BLOCK_N=64, num_warps=4,")
+    assert "queries as rows" not in plain
+    assert "num_stages=1" in one and "queries as rows, dQ in the same pass" in one and "without AUTOTUNE" in untimed
+    assert amd.startswith("attention_forward: BLOCK_M=64,")
+    assert len(refusals) == 6 and all("cannot be followed" in line for line in refusals)
+
+
 CHAIN = """
 import torch
 from flexattn import config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -80,8 +80,11 @@ def test_the_smoke_run_measures_every_case_and_the_next_one_has_nothing_left(tmp
 
     page = (tmp_path / "README.md").read_text()
     assert "| causal | B1H2/1D16 | 96 | forward |" in page
-    assert (tmp_path / "smoke-ratios.png").stat().st_size > 5000
-    assert "smoke-ratios.png" in page and "smoke-tflops.png" in page
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "smoke-ratios.png").stat().st_size > 5000
+        assert "smoke-ratios.png" in page and "smoke-tflops.png" in page
+    else:
+        assert "Plots need matplotlib" in page
 
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert again.returncode == 0 and "nothing is left to measure" in again.stderr

@@ -184,11 +184,31 @@ def test_explain_refuses_what_no_kernel_has() -> None:
         ({"dtype": "bf16"}, "dtype is 'bf16'; use one of"),
         ({"head_dim": 0}, "head_dim is 0; it must be a positive integer"),
         ({"target": 90}, "target is a int; name a GPU"),
+        ({"kernel_options": {"BLOK_M": 64}}, "unknown kernel option 'BLOK_M'; did you mean 'BLOCK_M'"),
     ):
         with pytest.raises((TypeError, ValueError), match=complaint):
             flexattn.explain(None, masks.causal_mask, quiet=True, **wrong)
     report = flexattn.explain(None, masks.causal_mask, quiet=True, head_dim=300, dtype=torch.bfloat16, target="sm_90")
     assert report.kernels == "none: a head dimension over 256 is computed by torch operators"
+
+
+def test_explain_says_which_dtype_it_assumed() -> None:
+    said = "for float32, since no dtype was given; pass dtype=torch.bfloat16"
+    assert said in flexattn.explain(None, masks.causal_mask, quiet=True).kernels
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "float32" not in flexattn.explain(None, masks.causal_mask, dtype=dtype, quiet=True).kernels
+
+
+def test_explain_prints_the_functions_that_options_ask_for() -> None:
+    table, group = torch.ones(3, 3, requires_grad=True), torch.arange(16) % 3
+    indirect = lambda score, b, h, q, k: 20 * torch.tanh((score + table[group[q], group[k]]) / 20)
+
+    def functions(**options: Any) -> str:
+        return flexattn.explain(indirect, kernel_options=options, quiet=True).functions
+
+    assert "atomic_add" in functions() and "fast_tanh" not in functions()
+    assert "atomic_add" not in functions(DETERMINISTIC=True)
+    assert "fast_tanh" in functions(FAST_TANH=True)
 
 
 def test_a_derivative_through_a_shared_index_is_printed_whole() -> None:

@@ -250,19 +250,28 @@ UNDESCRIBABLE += [(one_row_for_all, "query"), (one_row_for_all, "dout")]
 
 
 @pytest.mark.parametrize(("layout", "name"), UNDESCRIBABLE, ids=lambda x: getattr(x, "__name__", x))
-def test_what_no_descriptor_can_describe_is_read_by_pointers(layout: Callable[[Tensor], Tensor], name: str) -> None:
+def test_what_no_descriptor_can_describe_is_read_by_pointers_or_refused(
+    layout: Callable[[Tensor], Tensor], name: str
+) -> None:
     case = alibi_case("tma")
     setattr(case, name, layout(getattr(case, name)))
     assert not descriptors.describable(getattr(case, name))
+    if name == "dout":  # which is copied: nobody chooses its layout
+        assert_right(case)
+    else:
+        with pytest.raises(ValueError, match=f'"USE_TMA": True}} cannot be followed: {name} '):
+            case.run()
+    free = {"OVERLAP": False, "UPRIGHT": False, **TWO}
+    case.options = free
     results = case.run()
     assert_results(case, results)
-    case.options = {**WAYS["tma"], "USE_TMA": False}
+    case.options = {**free, "USE_TMA": False}
     pointers = case.run()
     if name != "dout":  # with an odd dout alone, the forward still reads by descriptors
         assert differing(results, pointers) == []
     assert_agree(results, pointers)
-    for one in (WAYS["one pass"], WAYS["one pass, upright"]):
-        case.options = one
+    for upright in (False, True):
+        case.options = {"UPRIGHT": upright, "ONE_PASS": True}
         assert_right(case)
 
 

@@ -19,6 +19,7 @@ from flexattn.backends.triton import Backward, Forward, dkdv_call, dq_call, forw
 from flexattn.block_lists import dense
 from flexattn.codegen.pipeline import variant
 from flexattn.codegen.trace import trace
+from flexattn.config import fitted
 from flexattn.problem import Problem
 
 
@@ -100,7 +101,7 @@ def visits(
     q, k = torch.randn(B, H, L, 16), torch.randn(B, Hkv, S, 16)
     problem = Problem(q, k, torch.randn(B, Hkv, S, 16), [], lists, [], block, v, 0.3)
     names = {"forward": ("BLOCK_M", "BLOCK_N"), "dkdv": ("BLOCK_M1", "BLOCK_N1"), "dq": ("BLOCK_M2", "BLOCK_N2")}[which]
-    options = dict(zip(names, sizes, strict=True))
+    options = dict(zip(names, map(fitted, sizes, block) if lists else sizes, strict=True))
     row = torch.zeros(B, H, L)
     gradients = Backward(torch.empty_like(q), torch.empty_like(k), torch.empty_like(k), [])
     nothing = Collection(problem, [])

@@ -115,7 +115,7 @@ def test_a_backward_in_one_pass_is_refused_where_it_cannot_be() -> None:
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
     alibi = lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)
     options = {"ONE_PASS": True}
-    with pytest.raises(ValueError, match="need two passes; leave the option out"):
+    with pytest.raises(ValueError, match="is summed by tiles of queries; or leave the option out"):
         flex_attention(q, k, v, alibi, kernel_options=options, backend="triton").sum().backward()
     with pytest.raises(ValueError, match="in an order that differs from run to run; leave one of them out"):
         flex_attention(q, k, v, kernel_options={**options, "DETERMINISTIC": True}, backend="triton").sum().backward()

@@ -13,7 +13,8 @@ from types import CodeType
 from typing import Any
 
 from .calls import FUNCTIONS
-from .recorder import ATTRIBUTES, QUERIES, REDUCTIONS, SHAPE_ONLY
+from .recorder import ATTRIBUTES, QUERIES, SHAPE_ONLY
+from .rows import REDUCTIONS
 from .spellings import canonical
 
 Chain = tuple[str, ...]  # attribute names, outermost object first

@@ -197,11 +197,14 @@ def power(x, y):
 
 
 @triton.jit
-def integer_power(x, y):
-    """x ** y for integers, y >= 0, by repeated squaring."""
-    result = x * 0 + 1
-    for _ in tl.static_range(6):
-        result = tl.where((y & 1) == 1, result * x, result)
-        x = x * x
-        y = y >> 1
-    return result
+def integer_power(x, y, BITS: tl.constexpr):
+    """x ** y for integers, by repeated squaring; `BITS` is as many as y may have. A negative y gives the reciprocal, rounded to 0."""
+    x = x + 0 * y  # either may be a literal
+    y = y + 0 * x
+    base, exponent, result = x, y, x * 0 + 1
+    for _ in tl.static_range(BITS):
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    unit = tl.where(x == 1, 1, tl.where(x == -1, 1 - 2 * (y & 1), 0))
+    return tl.where(y < 0, unit, result).to(x.dtype)

@@ -68,7 +68,10 @@ def _power(node: Node, args: list[str], tl: str) -> str:
             return " * ".join([x] * int(exponent))
         if node.dtype.is_float and exponent in (0.5, -0.5, -1.0):
             return {0.5: f"{tl}.sqrt({x})", -0.5: f"{tl}.rsqrt({x})", -1.0: f"1.0 / {x}"}[exponent]
-    return f"device.{'power' if node.dtype.is_float else 'integer_power'}({x}, {args[1]})"
+    if node.dtype.is_float:
+        return f"device.power({x}, {args[1]})"
+    bits = exponent.bit_length() if node.rhs.is_const and isinstance(exponent, int) else BITS[node.dtype] - 1
+    return f"device.integer_power({x}, {args[1]}, {bits})"
 
 
 SPELLING: dict[Op, Speller] = {

@@ -49,12 +49,17 @@ def _rounding(op: Op) -> Builder:
     return lambda input: build(op, input) if input.dtype.is_float else input
 
 
+def _scaled(input: Node, other: Node, alpha: float) -> Node:
+    """`other * alpha`, in the type of the sum that it is part of."""
+    return other if alpha == 1 else build(Op.MUL, cast(other, result_dtype([input, other])), weak(alpha))
+
+
 def _add(input: Node, other: Node, alpha: float = 1) -> Node:
-    return build(Op.ADD, input, other if alpha == 1 else build(Op.MUL, other, weak(alpha)))
+    return build(Op.ADD, input, _scaled(input, other, alpha))
 
 
 def _sub(input: Node, other: Node, alpha: float = 1) -> Node:
-    return build(Op.SUB, input, other if alpha == 1 else build(Op.MUL, other, weak(alpha)))
+    return build(Op.SUB, input, _scaled(input, other, alpha))
 
 
 def _div(input: Node, other: Node, rounding_mode: str | None = None) -> Node:
@@ -143,14 +148,15 @@ def _times(x: Node, factor: Node | float) -> Node:
     return x if factor == 1 else build(Op.MUL, x, weak(factor))
 
 
-def _addcmul(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
-    product = build(Op.MUL, tensor1, tensor2)
-    return build(Op.ADD, input, _times(product, value))
+def _added(op: Op) -> Builder:
+    """`input + value * op(tensor1, tensor2)`, all of it in the common type."""
 
+    def added(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
+        dtype = result_dtype([input, tensor1, tensor2])
+        x, a, b = (cast(n, dtype) for n in (input, tensor1, tensor2))
+        return build(Op.ADD, x, _times(build(op, a, b), value))
 
-def _addcdiv(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
-    quotient = build(Op.DIV, tensor1, tensor2)
-    return build(Op.ADD, input, _times(quotient, value))
+    return added
 
 
 def _pow(input: Node, exponent: Node) -> Node:
@@ -293,8 +299,8 @@ FUNCTIONS: dict[str, Builder] = {
     "sign": _unary(Op.SIGN),
     "square": lambda input: build(Op.MUL, input, input),
     "reciprocal": _reciprocal,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
+    "addcmul": _added(Op.MUL),
+    "addcdiv": _added(Op.DIV),
     "lerp": _lerp,
     "maximum": _binary(Op.MAXIMUM),
     "minimum": _binary(Op.MINIMUM),

@@ -13,6 +13,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 HALF_PI = tl.constexpr(1.5707963267948966)
 QUARTER_PI = tl.constexpr(0.7853981633974483)
 ROUNDING = tl.constexpr(8388608.0)  # 2**23: float32 has no fractions from here on
+ROUNDING_FLOAT64 = tl.constexpr(4503599627370496.0)  # 2**52
 
 
 @triton.jit
@@ -78,9 +79,10 @@ def float_floor_divide(x, y):
 @triton.jit
 def round_even(x):
     """The nearest integer, ties to even."""
+    whole: tl.constexpr = ROUNDING_FLOAT64 if x.dtype == tl.float64 else ROUNDING
     magnitude = tl.abs(x)
-    rounded = (magnitude + ROUNDING) - ROUNDING
-    return tl.where(magnitude < ROUNDING, tl.where(x < 0, -rounded, rounded), x)
+    rounded = (magnitude + whole) - whole
+    return tl.where(magnitude < whole, tl.where(x < 0, -rounded, rounded), x)
 
 
 @triton.jit

@@ -74,6 +74,12 @@ def _power(node: Node, args: list[str], tl: str) -> str:
     return f"device.integer_power({x}, {args[1]}, {bits})"
 
 
+def _not(node: Node, args: list[str], tl: str) -> str:
+    if node.dtype is DType.UINT8:  # whose bits Triton's interpreter cannot turn with ~
+        return f"{args[0]} ^ 255"
+    return f"{args[0]} == 0" if node.dtype is DType.BOOL else f"~{args[0]}"
+
+
 SPELLING: dict[Op, Speller] = {
     Op.DETACH: lambda node, args, tl: args[0],
     Op.ADD: _infix("+"),
@@ -93,7 +99,7 @@ SPELLING: dict[Op, Speller] = {
     Op.AND: _infix("&"),
     Op.OR: _infix("|"),
     Op.XOR: _infix("^"),
-    Op.NOT: lambda node, args, tl: f"{args[0]} == 0" if node.dtype is DType.BOOL else f"~{args[0]}",
+    Op.NOT: _not,
     Op.SHL: _shift("<<", "shift_left"),
     Op.SHR: _shift(">>", "shift_right"),
     Op.LT: _infix("<"),

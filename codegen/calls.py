@@ -51,7 +51,9 @@ def _rounding(op: Op) -> Builder:
 
 def _scaled(input: Node, other: Node, alpha: float) -> Node:
     """`other * alpha`, in the type of the sum that it is part of."""
-    return other if alpha == 1 else build(Op.MUL, cast(other, result_dtype([input, other])), weak(alpha))
+    dtype = result_dtype([input, other])
+    factor = weak(bool(alpha) if dtype is DType.BOOL else alpha)
+    return other if alpha == 1 else build(Op.MUL, cast(other, dtype), factor)
 
 
 def _add(input: Node, other: Node, alpha: float = 1) -> Node:

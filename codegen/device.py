@@ -200,7 +200,7 @@ def power(x, y):
 
 @triton.jit
 def integer_power(x, y, BITS: tl.constexpr):
-    """x ** y for integers, by repeated squaring; `BITS` is as many as y may have. A negative y gives the reciprocal, rounded to 0."""
+    """x ** y for integers, by repeated squaring, where y has so many `BITS`; a reciprocal is rounded to 0."""
     x = x + 0 * y  # either may be a literal
     y = y + 0 * x
     base, exponent, result = x, y, x * 0 + 1

@@ -26,7 +26,7 @@ from .promotion import cast, current_default_float
 from .refusals import own_gradient, random_number, unsupported, value_read, without_gradient, write
 from .rows import PRODUCTS, REDUCTIONS, keeps_one, product, reduce, transposed
 from .spec import load
-from .spellings import RANDOM, canonical
+from .spellings import RANDOM, RETURNS_ITSELF, SHAPE_ONLY, canonical
 from .values import Value, View, known, number_of, pick
 
 MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the kernel
@@ -34,7 +34,6 @@ MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the k
 _VALUE_READS = frozenset(
     ("__bool__", "item", "__int__", "__float__", "__index__", "tolist", "numpy", "__array__", "__contains__", "nonzero")
 )
-SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
 ATTRIBUTES = frozenset(
     ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested",
      "itemsize")
@@ -50,6 +49,7 @@ class Placeholder(Tensor):
 
     content: Value | View
     recorder: Recorder
+    shares: bool = False  # its memory with the value that it was detached from
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # what print() shows inside a mod
         content = self.content
@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
         self._number: dict[int, int] = {}
         self._own: dict[int, Tensor] = {}  # tensors made while the mod runs, which it may write to
 
-    def placeholder(self, content: Value | View) -> Placeholder:
+    def placeholder(self, content: Value | View, shares: bool = False) -> Placeholder:
         """Raises `TraceError` where gradients are off: the generated derivative would not know."""
         if not torch.is_grad_enabled():
             raise without_gradient()
@@ -113,7 +113,7 @@ class Recorder(TorchFunctionMode):
             Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device, requires_grad=requires_grad
         )
         made.content = content
-        made.recorder = self
+        made.recorder, made.shares = self, shares
         return made
 
     def scalar(self, node: Node) -> Placeholder:
@@ -150,11 +150,13 @@ class Recorder(TorchFunctionMode):
             raise write(name)
         result = self._compute(func, name, args, kwargs)
         if in_place:
-            if not isinstance(args[0].content, Value):
-                raise write(name)
+            if not isinstance(args[0].content, Value) or args[0].shares:
+                raise write(name, args[0].shares)
             args[0].content = result
             return args[0]
-        return self.placeholder(result)
+        if name in RETURNS_ITSELF and isinstance(args[0], Placeholder) and args[0].content == result:
+            return args[0]  # so that what is done to one in place is done to the other
+        return self.placeholder(result, name == "detach")
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
@@ -179,7 +181,7 @@ class Recorder(TorchFunctionMode):
         if attribute in ("T", "mT"):
             return self._transposed(args[0].content, attribute)
         if attribute == "data":
-            return self.placeholder(self._elementwise(FUNCTIONS["detach"], "detach", args[:1], {}))
+            return self.call(Tensor.detach, args[:1], {})
         if attribute not in ATTRIBUTES:
             raise unsupported(f".{attribute or 'an attribute assignment'}")
         with DisableTorchFunctionSubclass():

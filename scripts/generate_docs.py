@@ -120,7 +120,7 @@ marks a function that is constant piece by piece, whose result is no float, or t
 {functions()}
 
 The reductions `sum`, `mean`, `prod`, `amax`, `amin`, `max`, `min`, `any` and `all`, and the products `@`, `dot` and
-`inner`, take a short row of a captured tensor. `max(a, b)` and `min(a, b)` of torch are `maximum` and `minimum`.
+`inner`, take short rows and matrices of captured tensors. `max(a, b)` and `min(a, b)` of torch are `maximum` and `minimum`.
 
 {random}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,32 @@ def test_data_has_no_gradient() -> None:
     assert not torch.autograd.grad(out.sum(), u)[0].any()
 
 
+ITSELF: dict[str, Callable[[Tensor], Tensor]] = {
+    "to": lambda x: x.to(x.dtype),
+    "double": lambda x: x.double(),
+    "type_as": lambda x: x.type_as(x),
+    "contiguous": lambda x: x.contiguous(),
+    "view": lambda x: x.view(()),
+    "positive": lambda x: +x,
+    "float, another type": lambda x: x.float(),
+    "clone": lambda x: x.clone(),
+    "add zero": lambda x: x + 0,
+}
+
+
+@pytest.mark.parametrize("name", ITSELF)
+def test_what_is_the_value_itself_changes_with_it(name: str) -> None:
+    def mod(score: Tensor, *_: Tensor) -> Tensor:
+        other = ITSELF[name](score)
+        other += 0.5
+        return score * other
+
+    q = learned(1, 1, 3, 1, seed=6).detach()
+    _, lse = flex_attention(q, torch.ones_like(q), q, mod, scale=1.0, return_lse=True)
+    wanted = torch.stack([mod(x.clone()) for x in q.flatten()]) + math.log(3)
+    assert torch.allclose(lse.flatten(), wanted.double(), rtol=1e-6 if "float" in name else 1e-12)
+
+
 @pytest.mark.parametrize(
     ("mod", "what"),
     [
@@ -96,6 +123,7 @@ def test_data_has_no_gradient() -> None:
         (lambda s, b, h, q, k: s + s.expand(3).sum(), "calls `expand`"),
         (lambda s, b, h, q, k: s + s.expand_as(u[q]).sum(), "calls `expand_as`"),
         (lambda s, b, h, q, k: s + torch.zeros(3, 2, 2, 2)[h].T[0, 0, 0], "calls `.T of more than two dimensions`"),
+        (lambda s, b, h, q, k: s.detach().add_(1) + s, "writes with `add` to what `detach`"),
         (lambda s, b, h, q, k: s.type(torch.IntTensor), "calls `type` without a torch.dtype"),  # type: ignore[attr-defined]
         (lambda s, b, h, q, k: s.type("torch.IntTensor"), "calls `type` without a torch.dtype"),
     ],

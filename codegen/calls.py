@@ -205,14 +205,15 @@ def _to(input: Node, *target: object, dtype: torch.dtype | None = None, other: N
     return input
 
 
-def _type(input: Node, dtype: object = None, **_: object) -> Node:
-    if not isinstance(dtype, torch.dtype):
+def _type(input: Node, target_type: object = None, dtype: object = None, **_: object) -> Node:
+    target = target_type if dtype is None else dtype
+    if not isinstance(target, torch.dtype):
         raise TraceError(
             "calls `type` without a torch.dtype",
             "A traced value is of no tensor type such as torch.FloatTensor.",
             "x.to(torch.float32)",
         )
-    return convert(input, dtype)
+    return convert(input, target)
 
 
 def convert(input: Node, dtype: torch.dtype) -> Node:

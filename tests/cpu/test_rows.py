@@ -117,7 +117,10 @@ def test_what_is_the_value_itself_changes_with_it(name: str) -> None:
         (lambda s, b, h, q, k: s + tall[h].sum((0,)).amax(), "reduces part of a 2-d value with `sum`"),
         (lambda s, b, h, q, k: s + tall[h].sum(axis=0).amax(), "reduces part of a 2-d value with `sum`"),
         (lambda s, b, h, q, k: s + u[q].sum(-1, True), "reduces part of a 1-d value with `sum`"),
-        (lambda s, b, h, q, k: s + tall[h] @ mix[h].T[0, :3], r"multiplies values of shapes (3, 4) and (3,) with `matmul`"),
+        (
+            lambda s, b, h, q, k: s + tall[h] @ mix[h].T[0, :3],
+            r"multiplies values of shapes (3, 4) and (3,) with `matmul`",
+        ),
         (lambda s, b, h, q, k: s + torch.dot(u[q], v[k, :1]), "multiplies values of shapes (4,) and (1,) with `dot`"),
         (lambda s, b, h, q, k: s @ s, "multiplies values of shapes () and () with `matmul`"),
         (lambda s, b, h, q, k: s + s.expand(3).sum(), "calls `expand`"),

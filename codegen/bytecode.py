@@ -13,8 +13,9 @@ from types import CodeType
 from typing import Any
 
 from .calls import FUNCTIONS
-from .recorder import ATTRIBUTES, QUERIES, REDUCTIONS, SHAPE_ONLY
-from .spellings import canonical
+from .recorder import ATTRIBUTES, QUERIES
+from .rows import REDUCTIONS
+from .spellings import SHAPE_ONLY, canonical
 
 Chain = tuple[str, ...]  # attribute names, outermost object first
 

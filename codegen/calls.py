@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from .errors import TraceError
-from .evaluate import IR_DTYPE
+from .evaluate import IR_DTYPE, TORCH_DTYPE
 from .ir import DType, Kind, Node, Op, const
 from .promotion import build, cast, current_default_float, result_dtype, truth
 
@@ -49,12 +49,19 @@ def _rounding(op: Op) -> Builder:
     return lambda input: build(op, input) if input.dtype.is_float else input
 
 
+def _scaled(input: Node, other: Node, alpha: float) -> Node:
+    """`other * alpha`, in the type of the sum that it is part of."""
+    dtype = result_dtype([input, other])
+    factor = weak(bool(alpha) if dtype is DType.BOOL else alpha)
+    return other if alpha == 1 else build(Op.MUL, cast(other, dtype), factor)
+
+
 def _add(input: Node, other: Node, alpha: float = 1) -> Node:
-    return build(Op.ADD, input, other if alpha == 1 else build(Op.MUL, other, weak(alpha)))
+    return build(Op.ADD, input, _scaled(input, other, alpha))
 
 
 def _sub(input: Node, other: Node, alpha: float = 1) -> Node:
-    return build(Op.SUB, input, other if alpha == 1 else build(Op.MUL, other, weak(alpha)))
+    return build(Op.SUB, input, _scaled(input, other, alpha))
 
 
 def _div(input: Node, other: Node, rounding_mode: str | None = None) -> Node:
@@ -91,8 +98,10 @@ def _leaky_relu(input: Node, negative_slope: float = 0.01) -> Node:
 
 def _elu(input: Node, alpha: float = 1.0) -> Node:
     x = _float(input)
-    low = build(Op.MUL, build(Op.EXPM1, x), weak(alpha))
-    return build(Op.WHERE, build(Op.LT, _number(0, x), x), x, low)
+    positive = build(Op.LT, _number(0, x), x)
+    # exp of a clipped argument: the branch not taken stays finite, so its gradient is zero and not nan.
+    clipped = build(Op.WHERE, positive, _number(0, x), x)
+    return build(Op.WHERE, positive, x, build(Op.MUL, build(Op.EXPM1, clipped), weak(alpha)))
 
 
 def _softplus(input: Node, beta: float = 1.0, threshold: float = 20.0) -> Node:
@@ -126,8 +135,9 @@ def _logaddexp(input: Node, other: Node) -> Node:
     high = build(Op.MAXIMUM, input, other)
     gap = build(Op.ABS, build(Op.SUB, input, other))
     value = build(Op.ADD, high, build(Op.LOG1P, build(Op.EXP, build(Op.NEG, gap))))
-    # Two equal infinities have no difference; they are their own sum.
-    return build(Op.WHERE, build(Op.EQ, input, other), build(Op.ADD, input, _number(math.log(2), input)), value)
+    # Two equal infinities have no difference; they are their own sum. Other ties share the gradient.
+    infinite = build(Op.AND, build(Op.EQ, input, other), _isinf(high))
+    return build(Op.WHERE, infinite, high, value)
 
 
 def _lerp(input: Node, end: Node, weight: Node) -> Node:
@@ -140,14 +150,15 @@ def _times(x: Node, factor: Node | float) -> Node:
     return x if factor == 1 else build(Op.MUL, x, weak(factor))
 
 
-def _addcmul(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
-    product = build(Op.MUL, tensor1, tensor2)
-    return build(Op.ADD, input, _times(product, value))
+def _added(op: Op) -> Builder:
+    """`input + value * op(tensor1, tensor2)`, all of it in the common type."""
 
+    def added(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
+        dtype = result_dtype([input, tensor1, tensor2])
+        x, a, b = (cast(n, dtype) for n in (input, tensor1, tensor2))
+        return build(Op.ADD, x, _times(build(op, a, b), value))
 
-def _addcdiv(input: Node, tensor1: Node, tensor2: Node, value: Node | float = 1) -> Node:
-    quotient = build(Op.DIV, tensor1, tensor2)
-    return build(Op.ADD, input, _times(quotient, value))
+    return added
 
 
 def _pow(input: Node, exponent: Node) -> Node:
@@ -185,13 +196,24 @@ def _where(condition: Node, input: Node, other: Node) -> Node:
     return build(Op.WHERE, condition, input, other)
 
 
-def _to(input: Node, *target: object, dtype: torch.dtype | None = None, **_: object) -> Node:
-    for item in (dtype, *target):
+def _to(input: Node, *target: object, dtype: torch.dtype | None = None, other: Node | None = None, **_: object) -> Node:
+    for item in (dtype, other, *target):
         if isinstance(item, torch.dtype):
             return convert(input, item)
-        if isinstance(item, Node):
-            return cast(input, item.dtype)
+        if isinstance(item, Node) and item.kind is not Kind.WEAK:  # a Python bool is `non_blocking`
+            return convert(input, TORCH_DTYPE[item.dtype])
     return input
+
+
+def _type(input: Node, target_type: object = None, dtype: object = None, **_: object) -> Node:
+    target = target_type if dtype is None else dtype
+    if not isinstance(target, torch.dtype):
+        raise TraceError(
+            "calls `type` without a torch.dtype",
+            "A traced value is of no tensor type such as torch.FloatTensor.",
+            "x.to(torch.float32)",
+        )
+    return convert(input, target)
 
 
 def convert(input: Node, dtype: torch.dtype) -> Node:
@@ -280,8 +302,8 @@ FUNCTIONS: dict[str, Builder] = {
     "sign": _unary(Op.SIGN),
     "square": lambda input: build(Op.MUL, input, input),
     "reciprocal": _reciprocal,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
+    "addcmul": _added(Op.MUL),
+    "addcdiv": _added(Op.DIV),
     "lerp": _lerp,
     "maximum": _binary(Op.MAXIMUM),
     "minimum": _binary(Op.MINIMUM),
@@ -345,7 +367,7 @@ FUNCTIONS: dict[str, Builder] = {
     # types and constants
     "to": _to,
     "type_as": _to,
-    "type": _to,
+    "type": _type,
     "float": _as(torch.float32),
     "double": _as(torch.float64),
     "half": _as(torch.float16),

@@ -13,6 +13,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 HALF_PI = tl.constexpr(1.5707963267948966)
 QUARTER_PI = tl.constexpr(0.7853981633974483)
 ROUNDING = tl.constexpr(8388608.0)  # 2**23: float32 has no fractions from here on
+ROUNDING_FLOAT64 = tl.constexpr(4503599627370496.0)  # 2**52
 
 
 @triton.jit
@@ -78,9 +79,10 @@ def float_floor_divide(x, y):
 @triton.jit
 def round_even(x):
     """The nearest integer, ties to even."""
+    whole: tl.constexpr = ROUNDING_FLOAT64 if x.dtype == tl.float64 else ROUNDING
     magnitude = tl.abs(x)
-    rounded = (magnitude + ROUNDING) - ROUNDING
-    return tl.where(magnitude < ROUNDING, tl.where(x < 0, -rounded, rounded), x)
+    rounded = (magnitude + whole) - whole
+    return tl.where(magnitude < whole, tl.where(x < 0, -rounded, rounded), x)
 
 
 @triton.jit
@@ -197,11 +199,14 @@ def power(x, y):
 
 
 @triton.jit
-def integer_power(x, y):
-    """x ** y for integers, y >= 0, by repeated squaring."""
-    result = x * 0 + 1
-    for _ in tl.static_range(6):
-        result = tl.where((y & 1) == 1, result * x, result)
-        x = x * x
-        y = y >> 1
-    return result
+def integer_power(x, y, BITS: tl.constexpr):
+    """x ** y for integers, by repeated squaring, where y has so many `BITS`; a reciprocal is rounded to 0."""
+    x = x + 0 * y  # either may be a literal
+    y = y + 0 * x
+    base, exponent, result = x, y, x * 0 + 1
+    for _ in tl.static_range(BITS):
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    unit = tl.where(x == 1, 1, tl.where(x == -1, 1 - 2 * (y & 1), 0))
+    return tl.where(y < 0, unit, result).to(x.dtype)

@@ -78,13 +78,13 @@ class _Locating(Recorder):
         super().__init__(device)
         self.places: dict[Node, Place] = {}
 
-    def placeholder(self, content: Any) -> Placeholder:
+    def placeholder(self, content: Any, shares: bool = False) -> Placeholder:
         place = next(_user_frames(), None)
         nodes = content.nodes if isinstance(content, Value) else ()
         for node in walk(*nodes):
             if place is not None:
                 self.places.setdefault(node, place)
-        return super().placeholder(content)
+        return super().placeholder(content, shares)
 
 
 def _user_frames() -> Iterator[Place]:

@@ -24,17 +24,16 @@ from .ir import DType, Kind, Node, Op, const
 from .private import DisableTorchFunction, DisableTorchFunctionSubclass, base_of, make_wrapper_subclass
 from .promotion import cast, current_default_float
 from .refusals import own_gradient, random_number, unsupported, value_read, without_gradient, write
+from .rows import PRODUCTS, REDUCTIONS, keeps_one, product, reduce, transposed
 from .spec import load
-from .spellings import RANDOM, canonical
-from .values import Value, View, fold, known, number_of, pick
+from .spellings import RANDOM, RETURNS_ITSELF, SHAPE_ONLY, canonical
+from .values import Value, View, known, number_of, pick
 
 MAX_UNROLLED = 128  # elements of a captured row that may be unrolled into the kernel
 
 _VALUE_READS = frozenset(
     ("__bool__", "item", "__int__", "__float__", "__index__", "tolist", "numpy", "__array__", "__contains__", "nonzero")
 )
-REDUCTIONS = frozenset(("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all"))
-SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
 ATTRIBUTES = frozenset(
     ("dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested",
      "itemsize")
@@ -50,6 +49,7 @@ class Placeholder(Tensor):
 
     content: Value | View
     recorder: Recorder
+    shares: bool = False  # its memory with the value that it was detached from
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # what print() shows inside a mod
         content = self.content
@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
         self._number: dict[int, int] = {}
         self._own: dict[int, Tensor] = {}  # tensors made while the mod runs, which it may write to
 
-    def placeholder(self, content: Value | View) -> Placeholder:
+    def placeholder(self, content: Value | View, shares: bool = False) -> Placeholder:
         """Raises `TraceError` where gradients are off: the generated derivative would not know."""
         if not torch.is_grad_enabled():
             raise without_gradient()
@@ -113,7 +113,7 @@ class Recorder(TorchFunctionMode):
             Placeholder, content.shape, dtype=TORCH_DTYPE[dtype], device=self.device, requires_grad=requires_grad
         )
         made.content = content
-        made.recorder = self
+        made.recorder, made.shares = self, shares
         return made
 
     def scalar(self, node: Node) -> Placeholder:
@@ -150,11 +150,13 @@ class Recorder(TorchFunctionMode):
             raise write(name)
         result = self._compute(func, name, args, kwargs)
         if in_place:
-            if not isinstance(args[0].content, Value):
-                raise write(name)
+            if not isinstance(args[0].content, Value) or args[0].shares:
+                raise write(name, args[0].shares)
             args[0].content = result
             return args[0]
-        return self.placeholder(result)
+        if name in RETURNS_ITSELF and isinstance(args[0], Placeholder) and args[0].content == result:
+            return args[0]  # so that what is done to one in place is done to the other
+        return self.placeholder(result, name == "detach")
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call without placeholders: it runs once, so it must neither be random nor leave a trace."""
@@ -176,8 +178,10 @@ class Recorder(TorchFunctionMode):
 
     def _attribute(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
         attribute = getattr(func.__self__, "__name__", "") if name == "__get__" else ""
-        if attribute in ("T", "mT", "data"):
-            return args[0]
+        if attribute in ("T", "mT"):
+            return self._transposed(args[0].content, attribute)
+        if attribute == "data":
+            return self.call(Tensor.detach, args[:1], {})
         if attribute not in ATTRIBUTES:
             raise unsupported(f".{attribute or 'an attribute assignment'}")
         with DisableTorchFunctionSubclass():
@@ -187,15 +191,14 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.where:
             args = (args[1], args[0], *args[2:])
         if name in REDUCTIONS and not (name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor)):
-            return self._reduce(name, args, kwargs)
+            return reduce(name, self._value(args[0]), args[1:], kwargs)
         if name in ("max", "min"):
             name = "maximum" if name == "max" else "minimum"
-        if name in ("matmul", "dot", "inner"):
-            products = self._elementwise(FUNCTIONS["mul"], name, args, {})
-            return fold("sum", products)
+        if name in PRODUCTS:
+            return product(name, *map(self._row, (*args, *kwargs.values())))
         if name in SHAPE_ONLY:
             value = self._value(args[0])
-            if value.shape == ():
+            if value.shape == () and keeps_one(name, [*args[1:], *kwargs.values()]):
                 return value
         if name not in FUNCTIONS:
             raise unsupported(getattr(func, "__name__", str(func)))
@@ -289,6 +292,18 @@ class Recorder(TorchFunctionMode):
             raise own_gradient()
         return item.content if isinstance(item.content, Value) else self._unroll(item.content)
 
+    def _row(self, item: Any) -> Value:
+        """What is multiplied, a captured tensor as it is or a traced value."""
+        return self._value(item) if isinstance(item, Placeholder) else self._unroll(View(item, (None,) * item.dim()))
+
+    def _transposed(self, content: Value | View, attribute: str) -> Placeholder:
+        if isinstance(content, Value):
+            return self.placeholder(transposed(content))
+        if attribute == "T" and len(content.free) > 2:
+            raise unsupported(".T of more than two dimensions")
+        with DisableTorchFunctionSubclass():
+            return self.placeholder(content.transposed())
+
     def _unroll(self, view: View) -> Value:
         """A view with short dimensions left, as a vector of loads."""
         shape = view.shape
@@ -314,7 +329,7 @@ class Recorder(TorchFunctionMode):
             return self._index_vector(target.content, items)
         view = target.content if isinstance(target, Placeholder) else View(target, (None,) * target.dim())
         assert isinstance(view, View)
-        free = [d for d, s in enumerate(view.slots) if s is None]
+        free = view.free
         if any(i is Ellipsis for i in items):
             at = next(n for n, i in enumerate(items) if i is Ellipsis)
             items[at : at + 1] = [slice(None)] * (len(free) - len(items) + 1)
@@ -382,17 +397,3 @@ class Recorder(TorchFunctionMode):
                 "the scalar itself, or a row t[h] of a tensor",
             )
         return iter([self.scalar(n) for n in value.nodes])
-
-    def _reduce(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-        value = self._value(args[0])
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        dims = {dim % len(value.shape)} if isinstance(dim, int) and value.shape else set(range(len(value.shape)))
-        if dims != set(range(len(value.shape))) or kwargs.get("keepdim"):
-            raise TraceError(
-                f"reduces part of a {len(value.shape)}-d value with `{name}`",
-                "The kernel holds single numbers, so a reduction must end in one.",
-                f"x.{name}() over a row with one dimension",
-            )
-        if value.shape == () and name in ("max", "min"):
-            return value
-        return fold({"max": "amax", "min": "amin"}.get(name, name), value)

@@ -21,7 +21,13 @@ def random_number(name: str) -> TraceError:
     )
 
 
-def write(name: str) -> TraceError:
+def write(name: str, shared: bool = False) -> TraceError:
+    if shared:
+        return TraceError(
+            f"writes with `{name}` to what `detach` or `.data` gives",
+            "In torch that would change the value which was detached, too.",
+            "a new value: x = score.detach() + 1",
+        )
     return TraceError(
         f"writes to a captured tensor with `{name}`",
         "The kernel runs for all elements at once and in no order, so a write has no defined result.",

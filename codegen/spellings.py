@@ -15,6 +15,27 @@ ALIASES: dict[str, str] = {
     **dict((("special_erf", "erf"), ("special_expit", "sigmoid"), ("log_sigmoid", "logsigmoid"))),
 }
 
+# Functions that leave a single number as it is.
+SHAPE_ONLY = frozenset(("view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "flatten"))
+# Functions that give the tensor itself, or a view of all of it, where there is nothing to convert.
+RETURNS_ITSELF = SHAPE_ONLY | frozenset(
+    (
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "int",
+        "long",
+        "short",
+        "bool",
+        "contiguous",
+        "positive",
+    )
+)
+
 # Functions whose result is a random number or that change a tensor at random.
 RANDOM = frozenset(
     (

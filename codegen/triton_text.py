@@ -68,7 +68,16 @@ def _power(node: Node, args: list[str], tl: str) -> str:
             return " * ".join([x] * int(exponent))
         if node.dtype.is_float and exponent in (0.5, -0.5, -1.0):
             return {0.5: f"{tl}.sqrt({x})", -0.5: f"{tl}.rsqrt({x})", -1.0: f"1.0 / {x}"}[exponent]
-    return f"device.{'power' if node.dtype.is_float else 'integer_power'}({x}, {args[1]})"
+    if node.dtype.is_float:
+        return f"device.power({x}, {args[1]})"
+    bits = exponent.bit_length() if node.rhs.is_const and isinstance(exponent, int) else BITS[node.dtype] - 1
+    return f"device.integer_power({x}, {args[1]}, {bits})"
+
+
+def _not(node: Node, args: list[str], tl: str) -> str:
+    if node.dtype is DType.UINT8:  # whose bits Triton's interpreter cannot turn with ~
+        return f"{args[0]} ^ 255"
+    return f"{args[0]} == 0" if node.dtype is DType.BOOL else f"~{args[0]}"
 
 
 SPELLING: dict[Op, Speller] = {
@@ -90,7 +99,7 @@ SPELLING: dict[Op, Speller] = {
     Op.AND: _infix("&"),
     Op.OR: _infix("|"),
     Op.XOR: _infix("^"),
-    Op.NOT: lambda node, args, tl: f"{args[0]} == 0" if node.dtype is DType.BOOL else f"~{args[0]}",
+    Op.NOT: _not,
     Op.SHL: _shift("<<", "shift_left"),
     Op.SHR: _shift(">>", "shift_right"),
     Op.LT: _infix("<"),

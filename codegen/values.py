@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .calls import FUNCTIONS, weak
-from .ir import DType, Node, Op
-from .promotion import build, cast
+from .ir import Node
 
 
 class Value(NamedTuple):
@@ -28,8 +26,16 @@ class View:
     slots: tuple[Node | None, ...]
 
     @property
+    def free(self) -> list[int]:
+        return [d for d, slot in enumerate(self.slots) if slot is None]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(n for n, slot in zip(self.base.shape, self.slots, strict=True) if slot is None)
+        return tuple(self.base.shape[d] for d in self.free)
+
+    def transposed(self) -> View:
+        """With its last two dimensions exchanged, where it has two."""
+        return self if len(self.free) < 2 else View(self.base.transpose(*self.free[-2:]), self.slots)
 
 
 def pick(value: Value, position: tuple[int, ...]) -> Node:
@@ -52,19 +58,3 @@ def number_of(item: Any, seen: list[Any]) -> int:
             return number
     seen.append(item)
     return len(seen) - 1
-
-
-def fold(name: str, value: Value) -> Value:
-    """The scalar that a reduction (sum, mean, prod, amax, amin, any, all) of a vector gives, unrolled."""
-    function = {"mean": "add", "sum": "add", "prod": "mul", "amax": "maximum", "amin": "minimum"}.get(name)
-    nodes = list(value.nodes)
-    if name in ("sum", "prod") and not nodes[0].dtype.is_float:
-        nodes = [cast(n, DType.INT64) for n in nodes]
-    if name in ("any", "all"):
-        function = "logical_or" if name == "any" else "logical_and"
-        nodes = [FUNCTIONS["bool"](n) for n in nodes]
-    assert function is not None
-    total = nodes[0]
-    for node in nodes[1:]:
-        total = FUNCTIONS[function](total, node)
-    return Value((), (build(Op.DIV, total, weak(len(nodes))) if name == "mean" else total,))

@@ -11,6 +11,7 @@ from torch import Tensor
 from flexattn.codegen.calls import FUNCTIONS, Builder, weak
 from flexattn.codegen.derivative import DERIVATIVES, derivative
 from flexattn.codegen.errors import TraceError
+from flexattn.codegen.evaluate import TORCH_DTYPE
 from flexattn.codegen.ir import DType, Node, Op, input_node
 from flexattn.codegen.promotion import cast
 from flexattn.codegen.spec import SIGNATURES
@@ -36,12 +37,14 @@ def public(name: str) -> bool:
 def call(builder: Builder, dtype: DType) -> Node:
     """A call with operands of one dtype. Optional operands are left out, but for the bounds of clamp."""
     arguments: list[Node] = []
-    options: dict[str, Node] = {}
+    options: dict[str, Node | torch.dtype] = {}
     for name, parameter in inspect.signature(builder).parameters.items():
         if name in ("condition", "mask"):
             arguments.append(input_node("q_idx", DType.BOOL))
         elif name in ("min", "max") and parameter.default is not parameter.empty:
             options[name] = weak(1)
+        elif name == "target_type":
+            options[name] = TORCH_DTYPE[dtype]
         elif name == "arguments" or name == "data":
             arguments.append(weak(1))
         elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
@@ -120,7 +123,7 @@ marks a function that is constant piece by piece, whose result is no float, or t
 {functions()}
 
 The reductions `sum`, `mean`, `prod`, `amax`, `amin`, `max`, `min`, `any` and `all`, and the products `@`, `dot` and
-`inner`, take a short row of a captured tensor. `max(a, b)` and `min(a, b)` of torch are `maximum` and `minimum`.
+`inner`, take short rows and matrices of captured tensors. `max(a, b)` and `min(a, b)` of torch are `maximum` and `minimum`.
 
 {random}
 

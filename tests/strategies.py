@@ -143,6 +143,11 @@ _FLOAT_TEMPLATES = (
     "torch.nn.functional.softplus(score + {x})",
     "(score / (1 + abs({x} + 0 * score)))",
     "torch.sin(score + {x})",
+    "torch.logaddexp(score, {x} + 0 * score)",
+    "torch.nn.functional.elu(score + {x})",
+    "torch.nn.functional.logsigmoid(score + {x})",
+    "torch.add(score, {x} + 0 * score, alpha=0.5)",
+    "(row[h] @ row[1] * torch.sigmoid(score + {x}))",
 )
 
 
@@ -209,6 +214,7 @@ _RICH_INTEGER_TEMPLATES = (
         "mixed[b, {x}]",
         "grid[{x}, {x}]",
     ),
+    *("torch.add({x} + 0 * q_idx, mixed[b, kv_idx], alpha={n})", "torch.pow({x} + 0 * q_idx, kv_idx - 2)"),
     *("torch.div({x} + 0 * q_idx, {n}, rounding_mode='trunc')", "torch.minimum({x} + 0 * q_idx, kv_idx)"),
     *("(({x} + 0 * q_idx).to(torch.uint8))", "(({x}) * 100003)", "docs[{x} + 0 * kv_idx]", "big[{x} + 0 * q_idx]"),
 )

@@ -160,6 +160,9 @@ _SCORES = Kind(
         Rule("s", lambda x: apply("torch.nn.functional.softplus({})", SCORE + x)),
         Rule("s", lambda x: SCORE / (1 + abs(x))),
         Rule("s", lambda x: torch_("sin", SCORE + x)),
+        Rule("s", lambda x: torch_("logaddexp", SCORE, x)),
+        Rule("s", lambda x: apply("torch.nn.functional.elu({})", SCORE + x)),
+        Rule("ss", lambda x, y: apply("torch.add({}, {}, alpha=0.5)", SCORE + x, y)),
         Rule("c", lambda c: torch_("where", c, SCORE, 0.25)),
     ),
 )
@@ -237,6 +240,7 @@ def grammar(space: Space) -> Grammar:
                 Rule("", lambda: t["pair"][Q, KV]),
                 Rule("", lambda: apply("{}.sum(-1)", t["row"][HEAD])),
                 Rule("", lambda: t["row"][HEAD, 1]),
+                Rule("", lambda: apply("({} @ {})", t["row"][HEAD], t["row"][0])),
                 Rule("", lambda: t["temperature"]),
             ),
             nested=(Rule("s", lambda x: SCORE * t["temperature"] + x),),

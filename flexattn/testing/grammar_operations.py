@@ -16,7 +16,7 @@ Names = dict[int, tuple[str, ...]]  # by the number of operands
 # Functions of torch that take tensors and are named in the source as they are here.
 _TORCH: Names = {
     1: ("exp", "log1p", "sigmoid", "sin", "sqrt", "tanh"),
-    2: ("maximum", "minimum", "logical_and"),
+    2: ("logaddexp", "maximum", "minimum", "logical_and"),
     3: ("where",),
 }
 _MASKS: Names = {
@@ -52,6 +52,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "({} + {})": operator.add,
     "({} - {})": operator.sub,
     "({} * {})": operator.mul,
+    "({} @ {})": operator.matmul,
     "({} / {})": operator.truediv,
     "({} // {})": operator.floordiv,
     "({} % {})": operator.mod,
@@ -79,6 +80,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "{}.to({}.dtype)": lambda t, like: t.to(like.dtype),
     "{}.unsqueeze(-1)": lambda t: t.unsqueeze(-1),
     "torch.nn.functional.softplus({})": torch.nn.functional.softplus,
+    "torch.nn.functional.elu({})": torch.nn.functional.elu,
+    "torch.add({}, {}, alpha=0.5)": lambda x, y: torch.add(x, y, alpha=0.5),
     "torch.tensor({})": torch.tensor,
     f"torch.rand({{}}, {_GENERATOR})": _seeded(torch.rand),
     f"torch.randn({{}}, {_GENERATOR})": _seeded(torch.randn),

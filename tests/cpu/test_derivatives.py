@@ -111,10 +111,16 @@ def test_the_gradient_of_a_reduction_is_that_of_torch(name: str) -> None:
     assert differs(REDUCTIONS[name], numbers(N, 3)) < 1e-11
 
 
-@pytest.mark.parametrize("function", [torch.maximum, torch.minimum])
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum, torch.logaddexp])
 def test_a_tie_shares_the_gradient(function: Callable[..., Tensor]) -> None:
     x = numbers(N)
     assert differs(function, x, x.detach().clone().requires_grad_()) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["elu", "gelu", "leaky_relu", "logaddexp", "logsigmoid", "relu", "silu", "softplus"])
+def test_the_gradient_of_large_numbers_is_that_of_torch(name: str) -> None:
+    x, y = (t.detach().requires_grad_() for t in 1000 * numbers(2, N))
+    assert differs(lambda x, y: 1e-3 * CALLS[name](x, y), x, y) < 1e-11
 
 
 def test_every_function_with_a_gradient_is_called() -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from flexattn.codegen.errors import TraceError
 from flexattn.codegen.evaluate import IR_DTYPE, TORCH_DTYPE, Inputs, evaluate
 from flexattn.codegen.ir import DType, Kind, Op
+from flexattn.codegen.program import parse
 from flexattn.codegen.promotion import build
 from flexattn.codegen.recorder import Recorder
 from flexattn.codegen.spec import check, load
+from flexattn.codegen.trace import trace
 
 DTYPES = [TORCH_DTYPE[d] for d in DType]
 BINARY = {
@@ -101,6 +103,42 @@ def test_a_python_number_is_weak(op: Op, number: float) -> None:
         floats = [torch.tensor(number, dtype=torch.float64)]
         (value,) = evaluate([node], Inputs({"q_idx": torch.arange(6)}, recorder.captured, floats))
         assert_same(value, expected.to(value.dtype), ulps=2)
+
+
+OPTIONS = {
+    "add": lambda a, b: torch.add(a, b, alpha=3),
+    "sub": lambda a, b: torch.sub(a, b, alpha=3),
+    "addcmul": lambda a, b: torch.addcmul(a, b, b, value=2),
+    "addcmul of another type": lambda a, b: torch.addcmul(a, a, b, value=2),
+    "addcdiv": lambda a, b: torch.addcdiv(a, b, b, value=2),
+    "clamp": lambda a, b: torch.clamp(a, max=b),
+    "where": lambda a, b: torch.where(a > 2, a, b),
+    "trunc": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+    "floor": lambda a, b: torch.div(a, b, rounding_mode="floor"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_apply_in_the_type_of_the_result(name: str) -> None:
+    computed = 0
+    for left, right in itertools.product(DTYPES, DTYPES):
+        a, b = (torch.tensor([100, 3, 90, 1, 60, 7]).to(dtype) for dtype in (left, right))
+        try:
+            expected = OPTIONS[name](a, b.roll(1))
+        except (RuntimeError, NotImplementedError):
+            continue
+        try:
+            mod = OPTIONS[name]
+            traced = trace(lambda s, bb, h, q, k: mod(a[q], b.roll(1)[q]), None, score_dtype=torch.float64)
+        except TraceError:
+            assert torch.bool in (left, right)
+            continue
+        inputs = Inputs({"q_idx": torch.arange(6)}, [t for t in traced.captured if isinstance(t, Tensor)])
+        (value,) = evaluate([parse(traced.program).score], inputs)  # type: ignore[list-item]
+        low = {torch.float16, torch.bfloat16} & {expected.dtype}
+        torch.testing.assert_close(value, expected.double(), rtol=2e-2 if low else 1e-7, atol=0, msg=f"{left} {right}")
+        computed += 1
+    assert computed > 8
 
 
 def test_the_standing_of_a_result_is_that_of_its_strongest_operand() -> None:

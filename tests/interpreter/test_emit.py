@@ -106,25 +106,30 @@ NONZERO = frozenset((Op.FLOORDIV, Op.TRUNCDIV, Op.MOD, Op.FMOD, Op.DIV))
 SHIFTS = frozenset((Op.SHL, Op.SHR))
 ROUNDED_FIRST = frozenset((Op.FLOORDIV, Op.TRUNCDIV))  # torch rounds the quotient of 16-bit floats before it truncates
 EXACT = frozenset((Op.ROUND, Op.FLOOR, Op.CEIL, Op.TRUNC, Op.ABS, Op.NEG, Op.SIGN, Op.MAXIMUM, Op.MINIMUM))
-TYPES = {"b": [DType.BOOL], "i": [DType.INT32, DType.INT64, DType.INT8, DType.INT16], "f": [DType.FLOAT32]}
+TYPES = {
+    "b": [DType.BOOL],
+    "i": [DType.INT32, DType.INT64, DType.INT8, DType.INT16, DType.UINT8],
+    "f": [DType.FLOAT32],
+}
 CASES = [
     (op, dtype)
     for op, signature in SIGNATURES.items()
     for letter in signature.accepts
     for dtype in [*TYPES[letter], *([DType.BFLOAT16, DType.FLOAT16] if letter == "f" and signature.arity == 2 else [])]
     if not (op in ROUNDED_FIRST and dtype in (DType.BFLOAT16, DType.FLOAT16))
-]
+] + [(op, DType.FLOAT64) for op in SIGNATURES if op in EXACT]
 
 
 def values_of(op: Op, dtype: DType, second: bool) -> Tensor:
     if dtype is DType.BOOL:
         return torch.tensor([False, True])
     if dtype.is_int:
-        values = [v for v in INTEGERS if dtype is not DType.INT8 or abs(v) < 128]
+        limits = torch.iinfo(TORCH_DTYPE[dtype])
+        values = [v for v in INTEGERS if limits.min <= v <= limits.max]
         if op in NONZERO and second:
             values = [v for v in values if v]
         if op is Op.POW:
-            values = [0, 1, 2, 3, 5] if second else [v for v in values if abs(v) < 10]
+            values = [v for v in (-40, -3, -1, 0, 1, 2, 3, 5, 31, 64, 65) if v >= limits.min] if second else values
         if op in SHIFTS and second:
             values = [0, 1, 3, 6, 200] if dtype is not DType.INT8 else [0, 1, 3, 6]
         return torch.tensor(values, dtype=TORCH_DTYPE[dtype])

@@ -28,6 +28,17 @@ def test_compiled_results_and_gradients_have_the_bits_of_eager_ones() -> None:
             assert torch.equal(eager.view(torch.int32), other.view(torch.int32))
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_lengths_and_layouts_that_change_give_the_bits_of_eager_code(dynamic: bool | None) -> None:
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (70, 130, 200):
+        rows = [torch.randn(2, length, 3, 16) for _ in range(3)]
+        for operands in ([t.transpose(1, 2).contiguous() for t in rows], [t.transpose(1, 2) for t in rows]):
+            eager, other = attend(*operands, True), compiled(*operands, True)
+            assert torch.equal(eager.view(torch.int32), other.view(torch.int32))
+            assert eager.stride() == other.stride()
+
+
 def test_documents_that_were_not_laid_out_are_refused_with_what_to_do() -> None:
     q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
     with pytest.raises(Exception, match=r"read documents\.aligned once outside"):

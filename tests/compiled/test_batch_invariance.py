@@ -53,3 +53,19 @@ def test_the_reference_is_not_compiled_and_says_so() -> None:
 
     with pytest.raises(Exception, match="compile backend='tiled'"):
         torch.compile(dense, fullgraph=True)(q)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_has_the_bits_of_eager_code_at_every_length(strict: bool) -> None:
+    length = torch.export.Dim("length", min=129, max=512)
+    example = tuple(torch.randn(1, 2, 200, 16) for _ in range(3))
+    exported = torch.export.export(Attention(), example, dynamic_shapes=[{2: length}] * 3, strict=strict).module()
+    for n in (129, 200, 256):  # also one that is a multiple of the block size
+        operands = [torch.randn(1, 2, n, 16) for _ in range(3)]
+        eager, other = attend(*operands, True), exported(*operands)
+        assert torch.equal(eager.view(torch.int32), other.view(torch.int32))

@@ -257,6 +257,19 @@ def test_ten_batch_sizes_and_numbers_of_heads() -> None:
     assert graphs(grouped, [(query(b=n, h=8), query(b=n, h=2)) for n in sizes], dynamic=True) <= 2
 
 
+@pytest.mark.feature("at most 2 compilations for 10 batch sizes or numbers of heads")
+@MODES
+def test_a_mask_of_as_many_entries_and_heads_fits_queries_of_symbolic_sizes(mode: tuple[bool | None, int]) -> None:
+    reach = torch.arange(H)
+
+    def call(q: Tensor) -> Tensor:
+        near = lambda b, h, i, j: (i - j).abs() <= reach[h] + b
+        return flex_attention(q, q, q, block_mask=create_block_mask(near, 2, 4, L, L, "cpu", 32))
+
+    dynamic, most = mode
+    assert graphs(call, [(query(2, 4),)] * 2, dynamic) <= most
+
+
 @pytest.mark.feature("at most 2 compilations for 10 positions of a decoding step")
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_ten_steps_of_decoding(as_tensor: bool) -> None:

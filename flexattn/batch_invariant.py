@@ -140,7 +140,7 @@ def check(documents: Any, query: Tensor, key: Tensor, block_mask: Any) -> None:
             f"batch_invariant has documents of {length} tokens, query has {L} and key {S}; all three must be equal. Where "
             "queries and keys differ in length, as with a cache, write batch_invariant=True"
         )
-    if rows not in (1, B):
+    if rows != 1 and rows != B:  # not `in`, see validate.block_mask
         raise ValueError(
             f"batch_invariant has documents of {rows} rows, query has batch {B}; give one row for "
             "each batch entry, or one for all"

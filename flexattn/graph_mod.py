@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ HINT = (
 
 
 SHARED_NUMBER = (
-    "Mods of several attention calls in one compiled function read a Python number that changes between its calls, which "
-    "Dynamo cannot always capture. Pass it to the compiled function as a tensor: torch.tensor(temperature)."
+    "Several layers that are captured apart, as under torch.utils.checkpoint, read a Python number that changes between "
+    "calls, which Dynamo cannot capture before PyTorch 2.15. Pass it to the compiled function as a tensor: "
+    "torch.tensor(temperature)."
 )
 
 
@@ -94,7 +97,8 @@ def explaining(base: Any) -> Any:
     class Explaining(base):  # type: ignore[misc]
         def create_wrapped_node(self, *args: Any, **kwargs: Any) -> Any:
             try:
-                return super().create_wrapped_node(*args, **kwargs)
+                with _numbers_read_outside(args[0].output):
+                    return super().create_wrapped_node(*args, **kwargs)
             except Exception as error:
                 if error.args and isinstance(error.args[0], str) and HINT not in error.args[0]:
                     hint = SHARED_NUMBER if "lift_tracked_freevar_to_input" in error.args[0] else HINT
@@ -104,3 +108,29 @@ def explaining(base: Any) -> Any:
                 raise
 
     return Explaining
+
+
+@contextmanager
+def _numbers_read_outside(output: Any) -> Iterator[None]:
+    """Let a Python float that changes be read in the whole graph rather than in the mod that is captured.
+
+    Dynamo keeps what it read for the next use, which may be another mod; that one cannot reach into the first.
+    https://github.com/pytorch/pytorch/issues/193194, mended like this in PyTorch 2.15.
+    """
+    create, root = output.create_proxy, output.root_tracer
+
+    def create_proxy(kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outside = kind == "call_method" and target == "item" and _is_number(args[0])
+        return (root.create_proxy if outside else create)(kind, target, args, kwargs)
+
+    output.create_proxy = create_proxy
+    try:
+        yield
+    finally:
+        output.create_proxy = create
+
+
+def _is_number(proxy: Any) -> bool:
+    """Whether this is an input of a graph that stands for a Python number."""
+    node = getattr(proxy, "node", None)
+    return node is not None and getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)

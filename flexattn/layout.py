@@ -25,4 +25,10 @@ def in_order_of(query: Tensor, out: Tensor) -> Tensor:
 def order_in_memory(query: Tensor) -> tuple[int, ...]:
     """The dimensions of the query's output, the outermost first; the last one is always the innermost."""
     strides: tuple[int, ...] = query.stride()
-    return (*sorted(range(query.dim() - 1), key=lambda d: (-strides[d], d)), query.dim() - 1)
+    order: list[int] = []
+    for d in range(query.dim() - 1):  # not `sorted`: Dynamo cannot sort by symbolic numbers, only compare them
+        at = d
+        while at > 0 and strides[order[at - 1]] < strides[d]:
+            at -= 1
+        order.insert(at, d)
+    return (*order, query.dim() - 1)

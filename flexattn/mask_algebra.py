@@ -116,7 +116,7 @@ def offset(mask: BlockMask, q: Any, kv: Any, Q_LEN: int | None, KV_LEN: int | No
         if given is None and isinstance(by, Tensor):
             raise ValueError(f"offset({name}=tensor) needs {name.upper()}_LEN, the length of the mask it makes")
         if moves.dim() == 1:  # another mask for each batch entry
-            if B not in (1, len(moves)):
+            if B != 1 and B != len(moves):  # not `in`, see validate.block_mask
                 raise ValueError(f"offset({name}=...) has {len(moves)} entries, the mask has B = {B}")
             B = len(moves)
         lengths.append(max(0, length - by) if given is None else given)

@@ -269,7 +269,8 @@ class _Attention(torch.autograd.Function):
         n = ctx.n_captured
         if dout is None:
             dout = torch.zeros_like(out)
-        if is_legacy_batched(dout) or (dlse is not None and is_legacy_batched(dlse)):
+        traced = torch.compiler.is_compiling()  # by compiled autograd, which the questions below would stop
+        if not traced and (is_legacy_batched(dout) or (dlse is not None and is_legacy_batched(dlse))):
             raise NotImplementedError(
                 "flex_attention has no gradients of many outputs at once (is_grads_batched, vectorize=True). Use "
                 "torch.func.jacrev, or torch.func.vmap over torch.func.vjp"
@@ -277,7 +278,7 @@ class _Attention(torch.autograd.Function):
         wanted = [i for i in range(n) if ctx.needs_input_grad[6 + i]]
         if torch.is_grad_enabled():  # create_graph=True
             dq, dk, dv, *found = _Gradient.apply(n, ctx.options, wanted, q, k, v, out, lse, dout, dlse, *rest)  # type: ignore[no-untyped-call]
-        elif _unseen(q, k, v, out, lse, dout, *rest) and (dlse is None or type(dlse) is Tensor):
+        elif not traced and _unseen(q, k, v, out, lse, dout, *rest) and (dlse is None or type(dlse) is Tensor):
             with AutoDispatchBelowAutograd():
                 operands = (q, k, v, out, lse, dout, dlse, rest[:n], rest[n:], *ctx.options, wanted)
                 dq, dk, dv, found = _backward(*operands)
@@ -306,7 +307,7 @@ class _Gradient(torch.autograd.Function):
 
 NO_SECOND_DERIVATIVE = (
     "flex_attention has no second derivative. Call backward or grad without create_graph=True, or detach the first "
-    "gradient; or use backend='reference', which is dense and has every derivative"
+    "gradient (of torch.func.grad: its arguments); or use backend='reference', which is dense and has every derivative"
 )
 
 

@@ -263,7 +263,7 @@ def _check_heads(query: Tensor, key: Tensor, sharding: Sharding) -> None:
     """Raise `ValueError` unless each rank's key heads are those of its query heads."""
     ways, heads, kv_heads = sharding.ways("h"), query.shape[1], key.shape[1]
     n = torch.Size(ways).numel()
-    if ways and kv_heads not in (1, heads) and kv_heads % n:
+    if ways and kv_heads != 1 and kv_heads != heads and kv_heads % n:  # not `in`, see validate.block_mask
         fixed = [
             "Replicate()" if axis == "h" else str(p) for p, axis in zip(sharding.placements, sharding.axes, strict=True)
         ]

@@ -89,9 +89,10 @@ def block_mask(mask: Any, query: Tensor, key: Tensor) -> None:
     B, H, L, _ = query.shape
     S = key.shape[2]
     batch, heads = mask.sizes
-    if batch not in (1, B):
+    # Not `in`: Dynamo before PyTorch 2.15 finds no number among symbolic sizes.
+    if batch != 1 and batch != B:
         raise ValueError(_wrong_size("B", "batch", batch, B))
-    if heads not in (1, H):
+    if heads != 1 and heads != H:
         raise ValueError(_wrong_size("H", "heads", heads, H))
     if mask.only_first != (False, False):
         for name, size, first, axis in zip("BH", query.shape, mask.only_first, ("b", "h"), strict=False):

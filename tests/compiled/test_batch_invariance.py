@@ -28,6 +28,17 @@ def test_compiled_results_and_gradients_have_the_bits_of_eager_ones() -> None:
             assert torch.equal(eager.view(torch.int32), other.view(torch.int32))
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_lengths_and_layouts_that_change_give_the_bits_of_eager_code(dynamic: bool | None) -> None:
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (70, 130, 200):
+        rows = [torch.randn(2, length, 3, 16) for _ in range(3)]
+        for operands in ([t.transpose(1, 2).contiguous() for t in rows], [t.transpose(1, 2) for t in rows]):
+            eager, other = attend(*operands, True), compiled(*operands, True)
+            assert torch.equal(eager.view(torch.int32), other.view(torch.int32))
+            assert eager.stride() == other.stride()
+
+
 def test_documents_that_were_not_laid_out_are_refused_with_what_to_do() -> None:
     q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
     with pytest.raises(Exception, match=r"read documents\.aligned once outside"):
@@ -42,3 +53,19 @@ def test_the_reference_is_not_compiled_and_says_so() -> None:
 
     with pytest.raises(Exception, match="compile backend='tiled'"):
         torch.compile(dense, fullgraph=True)(q)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_has_the_bits_of_eager_code_at_every_length(strict: bool) -> None:
+    length = torch.export.Dim("length", min=129, max=512)
+    example = tuple(torch.randn(1, 2, 200, 16) for _ in range(3))
+    exported = torch.export.export(Attention(), example, dynamic_shapes=[{2: length}] * 3, strict=strict).module()
+    for n in (129, 200, 256):  # also one that is a multiple of the block size
+        operands = [torch.randn(1, 2, n, 16) for _ in range(3)]
+        eager, other = attend(*operands, True), exported(*operands)
+        assert torch.equal(eager.view(torch.int32), other.view(torch.int32))

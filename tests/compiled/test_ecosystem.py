@@ -63,6 +63,13 @@ def test_checkpointing_changes_nothing(use_reentrant: bool, backend: str | None)
     torch.testing.assert_close(outcome(compiled(call, backend)), outcome(attend))
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_autograd_of_an_eager_forward(fullgraph: bool) -> None:
+    expected = outcome(attend)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=fullgraph)):
+        torch.testing.assert_close(outcome(attend), expected)
+
+
 class Counting(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts calls of the forward operator."""
 
@@ -185,6 +192,20 @@ def test_a_gradient_inside_compiled_code(backend: str) -> None:
         return found
 
     torch.testing.assert_close(compiled(gradient, backend)(*tensors), gradient(*tensors))
+
+
+@pytest.mark.feature("torch.func.grad inside a compiled function")
+@pytest.mark.skipif(torch.__version__.startswith("2.15."), reason="its Dynamo refuses mods under torch.func.grad")
+def test_a_gradient_that_requires_one_is_refused_with_what_to_write() -> None:
+    def gradient(*tensors: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda gate: attend(*tensors[:3], gate).square().sum())(tensors[3])
+        return found
+
+    learned = leaves()
+    with pytest.raises(Exception, match=r"detach the first gradient \(of torch.func.grad: its arguments\)"):
+        compiled(gradient, "aot_eager")(*learned)
+    detached = [t.detach() for t in learned]
+    torch.testing.assert_close(compiled(gradient, "aot_eager")(*detached), gradient(*detached))
 
 
 @pytest.mark.feature("torch.func.vmap inside a compiled function")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from flexattn import BlockMask, create_block_mask, flex_attention, masks, mods
 from flexattn.codegen.pipeline import variant
@@ -106,18 +107,35 @@ def test_a_new_global_or_attribute_is_noticed() -> None:
     assert graphs(layer, [(set_attribute(c), (query(),)) for c in NUMBERS]) <= 2
 
 
-@pytest.mark.feature("new value, no new compilation: floats and scale")
-def test_a_changing_float_of_several_layers() -> None:
-    def directly(q: Tensor, c: Any) -> Tensor:
-        for _ in range(2):
-            q = flex_attention(q, q, q, lambda s, b, h, i, j: s / c)
-        return q
+def several_layers(q: Tensor, c: Any) -> Tensor:
+    for _ in range(2):
+        q = flex_attention(q, q, q, lambda s, b, h, i, j: s / c)
+    return q
 
-    assert graphs(directly, [(query(), torch.tensor(c)) for c in NUMBERS[:4]]) == 1
+
+def score_and_mask(q: Tensor, c: Any) -> Tensor:
+    return flex_attention(q, q, q, lambda s, b, h, i, j: s / c, mask_mod=lambda b, h, i, j: (i - j) * c < 9.0)
+
+
+def checkpointed(q: Tensor, c: Any) -> Tensor:
+    for _ in range(2):
+        q = checkpoint(lambda q: flex_attention(q, q, q, lambda s, b, h, i, j: s / c), q, use_reentrant=False)
+    return q
+
+
+@pytest.mark.feature("new value, no new compilation: floats and scale")
+@pytest.mark.parametrize("function", [several_layers, score_and_mask])
+def test_a_changing_float_of_several_mods(function: Callable[[Tensor, Any], Tensor]) -> None:
+    assert graphs(function, [(query(), c) for c in NUMBERS[:4]]) <= 2
+
+
+@pytest.mark.feature("new value, no new compilation: floats and scale")
+def test_a_changing_float_of_several_checkpointed_layers() -> None:
+    assert graphs(checkpointed, [(query(), torch.tensor(c)) for c in NUMBERS[:4]]) == 1
     torch._dynamo.reset()
     try:
-        assert graphs(directly, [(query(), c) for c in NUMBERS[:4]]) <= 2
-    except AssertionError as error:  # PyTorch 2.11 and 2.13
+        assert graphs(checkpointed, [(query(), c) for c in NUMBERS[:4]]) <= 2
+    except AssertionError as error:  # before PyTorch 2.15
         assert SHARED_NUMBER in str(error)
 
 
@@ -237,6 +255,19 @@ def test_ten_batch_sizes_and_numbers_of_heads() -> None:
     assert graphs(plain, [(query(h=n),) for n in sizes], dynamic=True) <= 2
     assert graphs(of_both, [(query(b=n, h=n), torch.rand(n)) for n in sizes], dynamic=True) <= 2
     assert graphs(grouped, [(query(b=n, h=8), query(b=n, h=2)) for n in sizes], dynamic=True) <= 2
+
+
+@pytest.mark.feature("at most 2 compilations for 10 batch sizes or numbers of heads")
+@MODES
+def test_a_mask_of_as_many_entries_and_heads_fits_queries_of_symbolic_sizes(mode: tuple[bool | None, int]) -> None:
+    reach = torch.arange(H)
+
+    def call(q: Tensor) -> Tensor:
+        near = lambda b, h, i, j: (i - j).abs() <= reach[h] + b
+        return flex_attention(q, q, q, block_mask=create_block_mask(near, 2, 4, L, L, "cpu", 32))
+
+    dynamic, most = mode
+    assert graphs(call, [(query(2, 4),)] * 2, dynamic) <= most
 
 
 @pytest.mark.feature("at most 2 compilations for 10 positions of a decoding step")

@@ -101,9 +101,7 @@ def whole_rows(S: int, device: torch.device) -> Aligned:
     at = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
     exists = at < S
     stop = torch.where(exists, S, 0).int()
-    place = torch.arange(S, device=device).unsqueeze(
-        0
-    )  # not a slice, which would ask a symbolic S to be at most `length`
+    place = torch.arange(S, device=device).unsqueeze(0)  # a slice of `at` would ask a symbolic S to be at most `length`
     # What is exported serves lengths that are multiples of the block size as well as others.
     moved = torch.compiler.is_exporting() or length != S
     return Aligned(at.clamp_max(max(0, S - 1)), torch.zeros_like(at), stop, place, None, moved)

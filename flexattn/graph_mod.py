@@ -16,6 +16,7 @@ from .codegen.errors import TraceError
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<source>.*)')
 
+_READS_OUTSIDE = torch.torch_version.TorchVersion(torch.__version__) >= (2, 15)
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 HINT = (
@@ -117,6 +118,9 @@ def _numbers_read_outside(output: Any) -> Iterator[None]:
     Dynamo keeps what it read for the next use, which may be another mod; that one cannot reach into the first.
     https://github.com/pytorch/pytorch/issues/193194, mended like this in PyTorch 2.15.
     """
+    if _READS_OUTSIDE or not (hasattr(output, "create_proxy") and hasattr(output, "root_tracer")):
+        yield
+        return
     create, root = output.create_proxy, output.root_tracer
 
     def create_proxy(kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

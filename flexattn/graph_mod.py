@@ -16,7 +16,7 @@ from .codegen.errors import TraceError
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<source>.*)')
 
-_READS_OUTSIDE = torch.torch_version.TorchVersion(torch.__version__) >= (2, 15)
+_READS_OUTSIDE = torch.torch_version.TorchVersion(torch.__version__) >= "2.15"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 HINT = (

@@ -100,10 +100,10 @@ def _torch_flex(problem: Problem) -> Attend:
     return lambda q, k, v: attend(q, k, v, score_mod=score_mod, block_mask=block)
 
 
-OURS = "flexattn"
+OURS, DENSE = "flexattn", "sdpa, dense mask"
 CONTENDERS: dict[str, Callable[[Problem], Attend]] = {
     OURS: _ours,
-    "sdpa, dense mask": _sdpa,
+    DENSE: _sdpa,
     "torch flex_attention, compiled": _torch_flex,
 }
 

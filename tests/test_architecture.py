@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_every_module_can_be_imported() -> None:
     for path in SOURCES:
         folder = ".".join([INSTALLED[path.parts[0]], *path.parts[1:-1]])
         importlib.import_module(folder if path.stem == "__init__" else f"{folder}.{path.stem}")
+
+
+def test_parts_that_few_programs_need_are_loaded_when_they_are_named() -> None:
+    program = (
+        "import sys, flexattn\n"
+        "parts = ['config', 'integrations', 'testing', 'tuning_cache']\n"
+        "print('flexattn.testing' in sys.modules, set(parts) <= set(dir(flexattn)))\n"
+        "print(*(getattr(flexattn, part).__name__ for part in parts), hasattr(flexattn, 'gone'))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == (
+        "False True\nflexattn.config flexattn.integrations flexattn.testing flexattn.tuning_cache False\n"
+    )
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

@@ -304,10 +304,12 @@ def described(plan: Plan, names: Mapping[str, str] | None = None) -> str:
     def text(node: Node) -> str:
         return inline(node, names)
 
+    def sides(lo: Node | None, hi: Node | None) -> list[str]:
+        return [f"kv_idx {sign} {text(end)}" for sign, end in ((">=", lo), ("<=", hi)) if end is not None]
+
     match plan:
         case Limits(lo, hi):
-            sides = [f"kv_idx >= {text(lo)}"] if lo is not None else []
-            return " and ".join(sides + ([f"kv_idx <= {text(hi)}"] if hi is not None else []))
+            return " and ".join(sides(lo, hi))
         case Queries(node):
             return f"any where {text(node)}"
         case Keys(node):
@@ -318,8 +320,11 @@ def described(plan: Plan, names: Mapping[str, str] | None = None) -> str:
             sign = {Op.EQ: "==", Op.LT: ">" if flipped else "<", Op.LE: ">=" if flipped else "<="}[op]
             return f"those of ascending values where {text(key)} {sign} {text(query)}"
         case Both(parts) | Either(parts):
-            word = " and " if isinstance(plan, Both) else " or "
-            return word.join(
-                f"({described(p, names)})" if isinstance(p, (Both, Either)) else described(p, names) for p in parts
-            )
+            said: list[str] = []
+            for p in parts:
+                if isinstance(plan, Both) and isinstance(p, Limits):
+                    said += sides(p.lo, p.hi)
+                else:
+                    said.append(f"({described(p, names)})" if isinstance(p, (Both, Either)) else described(p, names))
+            return (" and " if isinstance(plan, Both) else " or ").join(dict.fromkeys(said))
     raise AssertionError(plan)

@@ -16,9 +16,9 @@ from .output import Output, table
 
 REQUIRED = ("torch", "triton", "sympy")
 OPTIONAL = {
-    "matplotlib": "show --png, BlockMask.plot: pip install flexattn[plot]",
-    "hypothesis": "flexattn.testing.strategies: pip install hypothesis",
-    "pytest": "the pytest plugin: pip install pytest",
+    "matplotlib": "show --png, BlockMask.plot: pip install 'flexattn[plot]'",
+    "hypothesis": "flexattn.testing.strategies: pip install 'flexattn[testing]'",
+    "pytest": "the pytest plugin: pip install 'flexattn[testing]'",
     "numpy": "Triton's interpreter: pip install numpy",
 }
 VARIABLES = {

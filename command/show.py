@@ -111,7 +111,7 @@ def _files(mask: BlockMask, arguments: argparse.Namespace) -> list[str]:
             figure = mask.plot(*place).figure
         except ImportError as error:
             raise Unavailable(
-                f"--png needs matplotlib: pip install flexattn[plot], or write --svg FILE ({error})"
+                f"--png needs matplotlib: pip install 'flexattn[plot]', or write --svg FILE ({error})"
             ) from error
         with reading(f"--png {arguments.png}"):
             figure.savefig(arguments.png, format="png")

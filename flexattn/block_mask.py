@@ -320,7 +320,7 @@ class BlockMask(ListedBlocks):
         ax: Any = None,
         max_cells: int = 512,
     ) -> Any:
-        """The picture of `to_svg` by matplotlib (`pip install flexattn[plot]`), on axes `ax` or a figure of its own.
+        """The picture of `to_svg` by matplotlib (`pip install 'flexattn[plot]'`), on axes `ax` or a figure of its own.
 
         Returns the axes.
         Raises `ImportError` without matplotlib, and as `to_svg`.

@@ -67,7 +67,7 @@ def need_matplotlib() -> None:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install flexattn[plot]") from error
+        raise ImportError("plots need matplotlib: pip install 'flexattn[plot]'") from error
 
 
 def _grid(shown: View, ax: Any) -> None:

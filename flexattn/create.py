@@ -75,12 +75,11 @@ def create_block_mask(
     if not callable(mask_mod):
         raise TypeError(f"mask_mod is a {type(mask_mod).__name__}; pass a function (b, h, q_idx, kv_idx) -> bool")
     shape = _shape(B, H, Q_LEN, KV_LEN)
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    like = _empty_on(device)
     if max_memory < 1:
         raise ValueError(f"max_memory is {max_memory!r}; it must be a number of bytes, such as 256 << 20")
     unsaid = B is None, H is None
-    found = capture.block_lists(mask_mod, shape, size, torch.empty(0, device=device), unsaid, max_memory)
+    found = capture.block_lists(mask_mod, shape, size, like, unsaid, max_memory)
     made = BlockMask((Q_LEN, KV_LEN), found[0], found[1], found[2], found[3], size, mask_mod)
     if not separate_full_blocks:
         both = made.to_dense()
@@ -89,7 +88,7 @@ def create_block_mask(
     known = separate_full_blocks and not torch.compiler.is_compiling() and has_data(found[0])
     made.mark(shape[0], shape[1], bool(found[4]) if known else None)
     if 1 in (B, H) and not torch.compiler.is_compiling():
-        mask = variant(trace(None, mask_mod, device=device).program).mask
+        mask = variant(trace(None, mask_mod, device=like.device).program).mask
         axes = frozenset() if mask is None else mask.axes
         made.only_first = B == 1 and "b" in axes, H == 1 and "h" in axes
     return made
@@ -112,9 +111,7 @@ def create_mask(
         >>> flexattn.create_mask(flexattn.masks.causal_mask, None, None, 2, 3).int().tolist()
         [[[[1, 0, 0], [1, 1, 0]]]]
     """
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    device = torch.device(device)
+    device = _empty_on(device).device
     is_score = positional_count(mod_fn) == 5
     program, captured, ints = trace(mod_fn if is_score else None, None if is_score else mod_fn, device=device)
     parsed = variant(program)
@@ -130,3 +127,18 @@ def create_mask(
     root = parsed.score if is_score or parsed.mask is None else parsed.mask
     (values,) = evaluate([root], Inputs(named, captured[:n], captured[n:], ints, device))
     return values.expand(shape).contiguous()
+
+
+def _empty_on(device: torch.device | str | None) -> Tensor:
+    """An empty tensor on a device, by default the current accelerator or else the CPU."""
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if torch.compiler.is_compiling():
+        return torch.empty(0, device=device)
+    try:
+        return torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # what torch says differs from device to device
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Write device='cpu', or "
+            "leave device out for the current accelerator, else the CPU"
+        ) from error

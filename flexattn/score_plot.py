@@ -46,7 +46,7 @@ def plot_scores(
     what: Literal["weight", "score", "modified"] = "weight",
     ax: Any = None,
 ) -> Any:
-    """Draw the weights or scores of one batch entry and head with matplotlib (`pip install flexattn[plot]`).
+    """Draw the weights or scores of one batch entry and head with matplotlib (`pip install 'flexattn[plot]'`).
 
     An element that is not attended, or whose modified score is -inf, has no value in the picture: it is grey, lighter where
     its whole block is skipped. An attended one whose value is nan or infinite is red. Weights are coloured by their square

@@ -235,6 +235,13 @@ def test_tensors_that_are_too_short_are_an_error(mask: Any, message: str) -> Non
         mask_diff(mask, masks.causal_mask, 320)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device; runs where there is no GPU")
+@pytest.mark.parametrize("create", [create_block_mask, create_mask])
+def test_a_device_that_is_not_there_is_said(create: Any) -> None:
+    with pytest.raises(ValueError, match=r"device='cuda' cannot be used here: .* Write device='cpu'"):
+        create(masks.causal_mask, None, None, 64, 64, device="cuda")
+
+
 def test_indices_that_are_kept_within_are_no_error() -> None:
     create_block_mask(lambda b, h, q, k: ids[q.clamp(max=299)] == ids[k % 300], None, None, 320, 320, "cpu")
     create_block_mask(lambda b, h, q, k: ids[q - k] > 0, None, None, 300, 300, "cpu")

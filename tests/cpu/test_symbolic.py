@@ -140,6 +140,14 @@ def test_the_keys_of_a_query_are_described() -> None:
         assert sorted(parts) == sorted(text.split(" and " if " and " in text else " or ")), described(plan)
 
 
+def test_what_holds_twice_is_said_once() -> None:
+    mask = variant(trace(None, and_masks(masks.sliding_window(100), masks.causal_mask)).program).mask
+    assert mask is not None
+    plan = plan_of(mask)
+    assert plan is not None
+    assert sorted(described(plan).split(" and ")) == ["kv_idx <= q_idx", "kv_idx >= q_idx - 99"]
+
+
 def test_what_has_no_ranges_by_form_has_no_plan() -> None:
     for mask in (
         lambda b, h, q, k: q % 3 == (k * q) % 3,

@@ -103,7 +103,7 @@ def test_masks_without_elements_and_thin_ones_are_drawn(lengths: tuple[int, int]
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install flexattn\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install 'flexattn\[plot\]'"):
         plot(causal(64, 16))
     assert svg(causal(64, 16)).startswith("<svg")
     assert 'plot = ["matplotlib"]' in (ROOT / "pyproject.toml").read_text()

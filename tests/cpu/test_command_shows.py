@@ -155,7 +155,7 @@ def test_a_picture_that_cannot_be_made_here_is_unavailable(run: Runner, monkeypa
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = run("show", "causal_mask", "--length", "4", "--png", "mask.png")
-    assert ran.code == 3 and "--png needs matplotlib: pip install flexattn[plot], or write --svg FILE" in ran.err
+    assert ran.code == 3 and "--png needs matplotlib: pip install 'flexattn[plot]', or write --svg FILE" in ran.err
     assert run("show", "causal_mask", "--png", "mask.png", "--json").document["error"]["kind"] == "unavailable"
 
 

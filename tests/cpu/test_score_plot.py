@@ -212,7 +212,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     for call in (lambda: plot_scores(*qkv(Hkv=4)), lambda: plot_mask(masks.causal_mask, 8)):
-        with pytest.raises(ImportError, match=r"pip install flexattn\[plot\]"):
+        with pytest.raises(ImportError, match=r"pip install 'flexattn\[plot\]'"):
             call()
 
 

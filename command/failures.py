@@ -8,11 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_REFUSALS = (
-    "TraceError",
-    "KernelError",
-    "ReachError",
-)  # of the user's mod; by name, as the library need not have been loaded
+# Of the user's mod; by name, as the library need not have been loaded.
+_REFUSALS = ("TraceError", "KernelError", "ReachError")
 _NO_MEMORY = ("MemoryError", "OutOfMemoryError")
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 

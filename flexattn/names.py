@@ -30,9 +30,7 @@ def visible_names(mods: Sequence[Any]) -> dict[int, str]:
     found: dict[int, str] = {}
 
     def visit(mod: Any, depth: int) -> None:
-        if (
-            mod is None or depth > 3 or isinstance(mod, (GraphMod, Replay))
-        ):  # of a graph the tensors have numbers, not names
+        if mod is None or depth > 3 or isinstance(mod, (GraphMod, Replay)):  # tensors of graphs have numbers, no names
             return
         if isinstance(mod, functools.partial):
             for name, value in {**{f"argument {i}": a for i, a in enumerate(mod.args)}, **mod.keywords}.items():
